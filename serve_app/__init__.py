@@ -1,0 +1,1 @@
+"""A Ray Serve application that swaps LoRA adapters on a live fleet."""

@@ -1,0 +1,75 @@
+"""Admission: the gate in front of the engine that makes `drain` exact.
+
+A request is inside from before its revision is read until its last token. While the gate is closed
+nobody new comes in, and requests that arrive wait; nothing is refused. So whoever closed the gate
+and saw it empty may change the weights: no request can notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class DrainTimeout(Exception):
+    """Requests were still running when the wait ended; the gate is as before."""
+
+    code = "drain_timeout"
+
+    def __init__(self, running: int, timeout_s: float) -> None:
+        super().__init__(running, timeout_s)
+        self.running, self.timeout_s = running, timeout_s
+
+    def __str__(self) -> str:
+        return f"{self.running} requests were still running after {self.timeout_s:g} s of drain"
+
+
+class Admission:
+    """Counts who is inside. For one event loop; starts closed."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self._open = asyncio.Event()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def is_open(self) -> bool:
+        return self._open.is_set()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def close(self) -> None:
+        self._open.clear()
+
+    async def enter(self) -> None:
+        """Wait for the gate, then count as running. Pair with `leave`."""
+        while not self.is_open:
+            await self._open.wait()
+        self.running += 1
+        self._empty.clear()
+
+    def leave(self) -> None:
+        self.running -= 1
+        if self.running == 0:
+            self._empty.set()
+
+    @asynccontextmanager
+    async def drained(self, *, timeout_s: float) -> AsyncIterator[None]:
+        """Close the gate and wait until nobody is inside; then leave it as it was before.
+
+        Raises `DrainTimeout` after `timeout_s` seconds.
+        """
+        was_open = self.is_open
+        self.close()
+        try:
+            try:
+                await asyncio.wait_for(self._empty.wait(), timeout_s)
+            except TimeoutError:
+                raise DrainTimeout(self.running, timeout_s) from None
+            yield
+        finally:
+            if was_open:
+                self.open()

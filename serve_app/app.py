@@ -1,0 +1,68 @@
+"""The wiring: settings in, a Ray Serve application out. Imports everything; nothing imports it.
+
+`serve run serve_app.app:build model=... adapter=... replicas=2`
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from .controller import RolloutController
+from .gateway import Gateway
+from .replica import Model
+from .settings import Settings, parse
+
+MODEL = "Model"
+CONTROLLER = "RolloutController"
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application for `serve run` and `serve deploy`. Raises `InvalidSettings`."""
+    settings = parse(args)
+    controller = serve.deployment(
+        RolloutController,
+        name=CONTROLLER,
+        num_replicas=1,
+        max_ongoing_requests=100_000,  # every replica keeps one report open
+        graceful_shutdown_timeout_s=2,
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        ray_actor_options={"num_cpus": 0},
+    ).bind(settings)
+    model = serve.deployment(
+        Model,
+        name=MODEL,
+        num_replicas=settings.replicas,
+        max_ongoing_requests=settings.max_ongoing_requests,
+        graceful_shutdown_timeout_s=30,
+        health_check_period_s=5,
+        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": _gpus(settings)},
+    ).bind(settings, controller)
+    gateway = serve.deployment(
+        serve.ingress(lambda: _gateway(settings))(),
+        name="Gateway",
+        max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return gateway.bind(model, controller)
+
+
+def _gateway(settings: Settings) -> FastAPI:
+    """Runs on the ingress replica, where handles work."""
+    app = serve.get_replica_context().app_name
+    return Gateway(
+        settings,
+        model=serve.get_deployment_handle(MODEL, app),
+        controller=serve.get_deployment_handle(CONTROLLER, app),
+    ).app()
+
+
+def _gpus(settings: Settings) -> float:
+    if settings.num_gpus is not None:
+        return settings.num_gpus
+    return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0 else 0.0

@@ -1,0 +1,249 @@
+"""`hotswap`: the fleet from a shell, over HTTP.
+
+Arguments, output and exit codes, over `client`, which asks, and `screen`, which draws.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from enum import IntEnum
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console, RenderableType
+from rich.live import Live
+from typer.core import TyperGroup
+
+from serve_app.client import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable, Strategy
+from serve_app.screen import fleet_screen, history_screen, rollout_line, rollouts_screen
+from serve_app.views import RolloutView
+
+HELP = """See and change which adapter a fleet serves.
+
+\b
+Exit codes:
+  0    done; with --watch: promoted on every replica
+  1    the server refused the request
+  2    wrong usage
+  3    the watched rollout was aborted, failed or was superseded
+  4    the server is unreachable
+  70   a defect in this program
+  130  stopped by Ctrl-C; a rollout goes on
+"""
+
+
+class Exit(IntEnum):
+    REFUSED = 1
+    NOT_PROMOTED = 3
+    UNREACHABLE = 4
+    DEFECT = 70
+    INTERRUPTED = 130
+
+
+class ExitCodes(TyperGroup):
+    """Turns the client's errors, from whichever command, into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RequestRefused as error:
+            _complain(error.message, error.code)
+            raise typer.Exit(Exit.REFUSED) from error
+        except ServerUnreachable as error:
+            _complain(str(error), "unreachable")
+            raise typer.Exit(Exit.UNREACHABLE) from error
+        except KeyboardInterrupt as stop:
+            typer.echo("stopped; a rollout that was accepted goes on (hotswap status)", err=True)
+            raise typer.Exit(Exit.INTERRUPTED) from stop
+
+
+# plain help: a box around a usage error hides it from grep and breaks its line
+PLAIN: Any = {"rich_markup_mode": None, "no_args_is_help": True, "add_completion": False}
+app = typer.Typer(cls=ExitCodes, help=HELP, pretty_exceptions_enable=False, **PLAIN)
+rollout_app = typer.Typer(help="Start, see and abort rollouts.", **PLAIN)
+app.add_typer(rollout_app, name="rollout")
+
+
+def _complain(message: str, code: str) -> None:
+    typer.echo(f"error: {' '.join(message.split())} [{code}]", err=True)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        try:
+            typer.echo(f"hotswap {version('hotswap')}")
+        except PackageNotFoundError:
+            typer.echo("hotswap, not installed: run from a source tree")
+        raise typer.Exit
+
+
+def _some_id(id: str) -> str:
+    # `hotswap rollout abort "$ID"` with ID unset must not become another address
+    if not id.strip():
+        raise typer.BadParameter("the rollout's id is empty")
+    return id
+
+
+Url = Annotated[str, typer.Option(envvar="HOTSWAP_URL", help="The fleet's gateway.")]
+Token = Annotated[str | None, typer.Option(envvar="HOTSWAP_TOKEN", help="Bearer token.")]
+Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version)]
+Json = Annotated[bool, typer.Option("--json", help="Print the server's document only.")]
+Watch = Annotated[bool, typer.Option("--watch", help="Follow it to its end.")]
+Id = Annotated[str, typer.Argument(metavar="ID", callback=_some_id)]
+
+
+@app.callback()
+def root(
+    ctx: typer.Context, *, url: Url = DEFAULT_URL, token: Token = None, version: Version = False
+) -> None:
+    connect = ctx.obj or HotswapClient  # a test brings its own
+    try:
+        client: HotswapClient = connect(url, token=token)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    ctx.call_on_close(client.close)
+    ctx.obj = client
+
+
+@app.command()
+def status(ctx: typer.Context, watch: Watch = False, as_json: Json = False) -> None:
+    """Show the fleet: what every replica holds, and the rollout over it."""
+    client: HotswapClient = ctx.obj
+    fleet = client.fleet()  # a wrong address is told at once, not after an outage's wait
+    if not watch:
+        _show(fleet, fleet_screen(fleet), as_json=as_json)
+    elif as_json:
+        for fleet in client.watch_fleet(period_s=1.0):
+            typer.echo(fleet.model_dump_json())
+    else:
+        _draw(fleet_screen(fleet) for fleet in client.watch_fleet())
+
+
+@app.command()
+def undo(ctx: typer.Context, watch: Watch = False, as_json: Json = False) -> None:
+    """Bring back the revision that was stable before."""
+    client: HotswapClient = ctx.obj
+    _follow(client, client.undo(), watch=watch, as_json=as_json)
+
+
+@app.command()
+def history(ctx: typer.Context, as_json: Json = False) -> None:
+    """List the revisions that were stable, newest last."""
+    client: HotswapClient = ctx.obj
+    fleet = client.fleet()
+    _show(fleet, history_screen(fleet), as_json=as_json)
+
+
+@rollout_app.command()
+def start(
+    ctx: typer.Context,
+    *,
+    adapter: Annotated[str, typer.Option(help="A directory, or what else the server resolves.")],
+    name: Annotated[str | None, typer.Option(help="The revision's name.")] = None,
+    strategy: Annotated[Strategy, typer.Option(help="In waves, or at once.")] = "rolling",
+    max_unavailable: Annotated[int, typer.Option(min=1, help="Out of service at once.")] = 1,
+    watch: Watch = False,
+    as_json: Json = False,
+) -> None:
+    """Move the fleet to another adapter."""
+    client: HotswapClient = ctx.obj
+    path = os.path.expanduser(adapter)
+    if os.path.exists(path):
+        adapter = os.path.abspath(path)  # the server runs in another directory
+    rollout = client.start(
+        adapter=adapter, name=name, strategy=strategy, max_unavailable=max_unavailable
+    )
+    _follow(client, rollout, watch=watch, as_json=as_json)
+
+
+@rollout_app.command()
+def get(ctx: typer.Context, id: Id, *, watch: Watch = False, as_json: Json = False) -> None:
+    """Show one rollout."""
+    client: HotswapClient = ctx.obj
+    _follow(client, client.rollout(id), watch=watch, as_json=as_json)
+
+
+@rollout_app.command(name="list")
+def list_rollouts(ctx: typer.Context, as_json: Json = False) -> None:
+    """List the rollouts, newest first."""
+    client: HotswapClient = ctx.obj
+    rollouts = client.rollouts()
+    _show(rollouts, rollouts_screen(rollouts), as_json=as_json)
+
+
+@rollout_app.command()
+def abort(ctx: typer.Context, id: Id, as_json: Json = False) -> None:
+    """Send every replica back to the stable revision."""
+    client: HotswapClient = ctx.obj
+    _follow(client, client.abort(id), watch=False, as_json=as_json)
+
+
+def _show(document: BaseModel, picture: RenderableType, *, as_json: bool) -> None:
+    if as_json:
+        return typer.echo(document.model_dump_json(indent=2))
+    console = Console()
+    # one line stays one line for grep; tables fit themselves to the width either way
+    console.print(picture, soft_wrap=not console.is_terminal)
+
+
+def _draw(frames: Iterable[RenderableType]) -> None:
+    """One picture that changes in a terminal; elsewhere, each that differs from the last."""
+    console = Console()
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            for frame in frames:
+                live.update(frame, refresh=True)
+        return
+    told = ""
+    for frame in frames:
+        with console.capture() as captured:
+            console.print(frame, soft_wrap=True)
+        if captured.get() != told:
+            told = captured.get()
+            typer.echo(told, nl=False)
+
+
+def _follow(client: HotswapClient, rollout: RolloutView, *, watch: bool, as_json: bool) -> None:
+    """Show a rollout as it is, or follow it to its end and exit as it ended."""
+    if not watch:
+        _show(rollout, rollout_line(rollout), as_json=as_json)
+        if not as_json and not rollout.ended:
+            typer.echo(f"watch: hotswap --url {client.base_url} rollout get {rollout.id} --watch")
+        return
+
+    def frames() -> Iterator[RenderableType]:
+        nonlocal rollout
+        for now, fleet in client.watch(rollout.id):
+            rollout = now
+            yield fleet_screen(fleet, now) if Console().is_terminal else rollout_line(now)
+
+    if as_json:  # one document on stdout: the rollout as it ended
+        deque(frames(), maxlen=0)
+        typer.echo(rollout.model_dump_json(indent=2))
+    else:
+        _draw(frames())
+    if rollout.state != "succeeded":
+        why = rollout.reason or "the server gave no reason"
+        _complain(f"{rollout.id} to {rollout.target} was not promoted: {why}", rollout.state)
+        raise typer.Exit(Exit.NOT_PROMOTED)
+
+
+def main() -> None:
+    # A terminal that cannot show an arrow must not turn a success into a crash.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        app(prog_name="hotswap")
+    except Exception as defect:
+        # Python's own exit code for a traceback is 1, which a pipeline would read as a refusal.
+        _complain(f"{type(defect).__name__}: {defect}", "defect")
+        sys.exit(Exit.DEFECT)
+
+
+if __name__ == "__main__":
+    main()

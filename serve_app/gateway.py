@@ -1,0 +1,168 @@
+"""The HTTP front door: OpenAI's routes for clients, admin routes for operators.
+
+Thin on purpose: it checks the shape of a request, calls the Model or the RolloutController through
+its handle, and turns typed errors into OpenAI's envelope. It holds no state.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Header, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from ray.serve.handle import DeploymentHandle
+
+from .http_errors import NotAuthorized, install_error_handlers
+from .openai import ChatRequest, CompletionRequest, RequestRefused
+from .rollout.plan import Plan
+from .settings import Settings
+from .views import FleetView, RolloutList, RolloutView
+
+logger = logging.getLogger("ray.serve")
+_STREAM = {"x-accel-buffering": "no", "cache-control": "no-cache"}
+
+
+class Gateway:
+    """The routes over two handles. `app()` builds the FastAPI application."""
+
+    def __init__(
+        self, settings: Settings, model: DeploymentHandle, controller: DeploymentHandle
+    ) -> None:
+        self._settings = settings
+        self._model = model
+        self._controller = controller
+
+    def app(self) -> FastAPI:
+        app = FastAPI(title="hotswap", summary="Live LoRA adapters on a fleet")
+        install_error_handlers(app)
+        app.include_router(self._data_routes())
+        app.include_router(self._admin_routes())
+        return app
+
+    def _data_routes(self) -> APIRouter:
+        router = APIRouter(tags=["inference"])
+        router.get("/health")(self.health)
+        router.get("/v1/models")(self.models)
+        # the body is a document or a stream of them, so no response model fits both
+        router.post("/v1/chat/completions", response_model=None)(self.chat)
+        router.post("/v1/completions", response_model=None)(self.complete)
+        return router
+
+    def _admin_routes(self) -> APIRouter:
+        router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(self._authorize)])
+        router.get("/fleet")(self.fleet)
+        router.get("/rollouts")(self.rollouts)
+        router.get("/rollouts/{id}")(self.rollout)
+        router.post("/rollouts", status_code=201)(self.start)
+        router.post("/rollouts/{id}/abort")(self.abort)
+        router.post("/undo", status_code=201)(self.undo)
+        return router
+
+    # ---- inference --------------------------------------------------------------------------
+
+    async def chat(self, request: ChatRequest) -> Response:
+        self._check_model(request.model)
+        if request.stream:
+            return await self._stream(request)
+        return _document(await self._model.chat.remote(request))
+
+    async def complete(self, request: CompletionRequest) -> Response:
+        self._check_model(request.model)
+        if request.stream:
+            return await self._stream(request)
+        return _document(await self._model.complete.remote(request))
+
+    async def models(self) -> dict[str, Any]:
+        """The base model's name, and every revision that is live now."""
+        fleet: FleetView = await self._controller.fleet.remote()
+        name = self._settings.model_name
+        live = sorted({r.revision for r in fleet.replicas if r.serving and r.revision})
+        entries = [{"id": name, "object": "model", "created": 0, "owned_by": "hotswap"}]
+        entries += [
+            {"id": f"{name}:{revision}", "object": "model", "created": 0, "owned_by": "hotswap"}
+            | {"parent": name, "root": revision}
+            for revision in live
+        ]
+        return {"object": "list", "data": entries}
+
+    async def health(self) -> Response:
+        """200 while at least one replica serves, else 503."""
+        fleet: FleetView = await self._controller.fleet.remote()
+        status = "ok" if fleet.ready else "not ready"
+        return JSONResponse({"status": status}, status_code=200 if fleet.ready else 503)
+
+    # ---- admin ------------------------------------------------------------------------------
+
+    async def fleet(self) -> FleetView:
+        return await self._controller.fleet.remote()  # type: ignore[no-any-return]
+
+    async def rollouts(self) -> RolloutList:
+        return RolloutList(data=await self._controller.rollouts.remote())
+
+    async def rollout(self, id: str) -> RolloutView:
+        return await self._controller.rollout.remote(id)  # type: ignore[no-any-return]
+
+    async def start(self, plan: Plan) -> RolloutView:
+        return await self._controller.start_rollout.remote(plan)  # type: ignore[no-any-return]
+
+    async def abort(self, id: str) -> RolloutView:
+        return await self._controller.abort.remote(id)  # type: ignore[no-any-return]
+
+    async def undo(self) -> RolloutView:
+        return await self._controller.undo.remote()  # type: ignore[no-any-return]
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    async def _authorize(self, authorization: Annotated[str | None, Header()] = None) -> None:
+        token = self._settings.admin_token
+        given = (authorization or "").removeprefix("Bearer ")
+        if token is not None and not secrets.compare_digest(given.encode(), token.encode()):
+            raise NotAuthorized
+
+    def _check_model(self, name: str | None) -> None:
+        served = self._settings.model_name
+        if name not in (None, served):
+            message = f"the model {name!r} is not served here; this is {served!r}"
+            raise RequestRefused(404, "model_not_found", message, "model")
+
+    async def _stream(self, request: ChatRequest | CompletionRequest) -> Response:
+        chunks = self._model.options(stream=True).stream.remote(request)
+        # the first chunk before the first header: a refusal still gets its own status
+        first = await anext(aiter(chunks))
+        return StreamingResponse(
+            _events(first, chunks),
+            media_type="text/event-stream",
+            headers=_headers(first) | _STREAM,
+        )
+
+
+def _headers(document: dict[str, Any]) -> dict[str, str]:
+    return {
+        "x-adapter-revision": document["system_fingerprint"],
+        "x-replica-id": document["replica_id"],
+    }
+
+
+def _document(document: dict[str, Any]) -> Response:
+    return JSONResponse(document, headers=_headers(document))
+
+
+async def _events(first: dict[str, Any], rest: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+    """Server-sent events. An error after the first chunk is an event: the status is long sent."""
+    yield _event(first)
+    try:
+        async for chunk in rest:
+            yield _event(chunk)
+    except Exception as error:
+        logger.warning(f"a stream broke: {type(error).__name__}")
+        yield _event({"error": {"message": "the stream broke off", "code": "stream_broken"}})
+        return
+    yield "data: [DONE]\n\n"
+
+
+def _event(document: dict[str, Any]) -> str:
+    return f"data: {json.dumps(document)}\n\n"

@@ -1,0 +1,103 @@
+"""From typed errors to OpenAI's error envelope: one table, one shape, stable codes."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import BackPressureError
+from starlette.exceptions import HTTPException
+
+from hotswap_lib import AdapterRefused, HotswapError
+
+from .controller import FleetNotReady, NoSuchRollout, NothingToUndo
+from .engine import EngineStopped, GenerationFailed
+from .openai import RequestRefused
+from .rollout.state import IllegalEvent
+from .views import ErrorBody, ErrorDetail
+
+logger = logging.getLogger("ray.serve")
+
+
+class NotAuthorized(Exception):
+    code = "not_authorized"
+
+    def __str__(self) -> str:
+        return "the admin routes need the bearer token of the settings"
+
+
+_STATUS: tuple[tuple[type[Exception], int], ...] = (
+    (AdapterRefused, 400),
+    (NotAuthorized, 401),
+    (NoSuchRollout, 404),
+    (NothingToUndo, 409),
+    (IllegalEvent, 409),
+    (HotswapError, 500),
+    (GenerationFailed, 500),
+    (FleetNotReady, 503),
+    (EngineStopped, 503),
+)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    kinds = [RayError, BackPressureError, RequestRefused, RequestValidationError, HTTPException]
+    for kind in [*kinds, *(kind for kind, _ in _STATUS)]:
+        app.add_exception_handler(kind, _respond)
+    app.add_exception_handler(Exception, _respond)
+
+
+async def _respond(request: Request, error: Exception) -> JSONResponse:
+    status, detail = describe(error)
+    if status >= 500:
+        logger.warning(f"{request.method} {request.url.path}: {status} {detail.message}")
+    headers = {"retry-after": "1"} if status in (429, 503) else {}
+    headers |= {"www-authenticate": "Bearer"} if status == 401 else {}
+    return JSONResponse(ErrorBody(error=detail).model_dump(), status_code=status, headers=headers)
+
+
+def describe(error: Exception) -> tuple[int, ErrorDetail]:
+    """The HTTP status and the envelope's object for any error."""
+    cause = getattr(error, "cause", None)
+    error = cause if isinstance(cause, Exception) else error  # what the handle's far side raised
+    match error:
+        case RequestRefused():
+            return error.status, _detail(error.code, str(error), param=error.param)
+        case RequestValidationError():
+            return 400, _validation(error)
+        case HTTPException():
+            code = {404: "route_not_found", 405: "method_not_allowed"}.get(
+                error.status_code, "http_error"
+            )
+            return error.status_code, _detail(code, f"{error.detail}")
+        case BackPressureError():
+            return 429, _detail("too_many_requests", "the queue is full", kind="rate_limit_error")
+        case RayActorError():
+            message = "the replica that ran this request died"
+            return 503, _detail("replica_died", message, kind="server_error")
+    for kind, status in _STATUS:
+        if isinstance(error, kind):
+            kind_name = "invalid_request_error" if status < 500 else "server_error"
+            return status, _detail(getattr(error, "code", "error"), str(error), kind=kind_name)
+    logger.error("unexpected error", exc_info=error)
+    return 500, _detail(
+        "internal_error", f"internal error: {type(error).__name__}", kind="server_error"
+    )
+
+
+def _validation(error: RequestValidationError) -> ErrorDetail:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "extra_forbidden":
+        return _detail("unsupported_parameter", f"{where} is not supported here", param=where)
+    if first["type"] == "json_invalid":
+        return _detail("invalid_json", "the body is not valid JSON")
+    return _detail("invalid_parameter", f"{where}: {first['msg'].lower()}", param=where or None)
+
+
+def _detail(
+    code: str, message: str, *, param: str | None = None, kind: str = "invalid_request_error"
+) -> ErrorDetail:
+    return ErrorDetail(message=message.splitlines()[0], type=kind, param=param, code=code)

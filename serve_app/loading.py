@@ -1,0 +1,64 @@
+"""From settings to a prepared model: load the base, its tokenizer, and make it swappable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from hotswap_lib import Envelope, Slot, prepare
+
+from . import embedded
+from .settings import EMBEDDED, Settings
+
+
+class UnsupportedModel(Exception):
+    """The base model is one that the engine cannot serve; nothing was started."""
+
+    code = "unsupported_model"
+
+    def __init__(self, model: str, why: str) -> None:
+        super().__init__(model, why)
+        self.model, self.why = model, why
+
+    def __str__(self) -> str:
+        return f"the model {self.model} cannot be served: {self.why}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    slot: Slot
+    tokenizer: Any
+    eos_token_ids: list[int]
+
+
+def load(settings: Settings) -> Loaded:
+    """Load on the best device this process sees, and prepare for the settings' envelope.
+
+    Raises `UnsupportedModel` for anything but a causal language model with a tokenizer.
+    """
+    path = str(embedded.base_model_path()) if settings.model == EMBEDDED else settings.model
+    hub = {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
+    config = AutoConfig.from_pretrained(path, **hub)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModel(
+            settings.model, f"{config.model_type} is not a causal language model"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=settings.dtype, attn_implementation="sdpa", **hub
+    ).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(path, **hub)
+    targets = settings.target_modules
+    modules = targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
+    slot = prepare(model, envelope=Envelope(max_rank=settings.max_rank, target_modules=modules))
+    return Loaded(slot=slot, tokenizer=tokenizer, eos_token_ids=_eos_token_ids(model, tokenizer))
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Where an answer ends: the generation config's word, and the tokenizer's own."""
+    eos = model.generation_config.eos_token_id
+    ids = set(eos if isinstance(eos, list) else [eos])
+    return sorted((ids | {tokenizer.eos_token_id}) - {None})

@@ -1,0 +1,60 @@
+"""The control lane: what a replica tells the controller, and what it hears back.
+
+`report(Report) -> Answer` is the only call that a replica makes in normal life. It stays open while
+nothing changes, so it is the broadcast, the heartbeat and the acknowledgement at once. Both sides
+send whole documents: a message that got lost is repaired by the next one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import ray
+
+from hotswap_lib import HotswapError, Revision
+
+from .rollout.state import Desired, Failure
+from .views import SwapView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a replica holds, and which document it acts on."""
+
+    replica: str
+    layout: str  # fingerprint; images are packed for a layout
+    acting_on: Desired | None
+    holds: Revision
+    staged: Revision | None
+    serving: bool
+    failure: Failure | None
+    running: int
+    recompiles: int
+    limit_hits: int
+    last_swap: SwapView | None
+    pid: int
+    node: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The desired document, with the image of every revision it names, or why there is none.
+
+    `introduce`: the controller does not know the replica's layout; send it with `join`, then report
+    again. Neither: nothing has changed, report again.
+    """
+
+    desired: Desired | None = None
+    images: dict[str, ray.ObjectRef] = field(default_factory=dict)
+    refused: dict[str, HotswapError] = field(default_factory=dict)
+    introduce: bool = False
+
+
+def key(revision: Revision) -> str:
+    """The full text of a revision, `name@<64 hex>`: what the rollout machine works with."""
+    return f"{revision.name}@{revision.digest}"
+
+
+def from_key(text: str) -> Revision:
+    name, _, digest = text.rpartition("@")
+    return Revision(name, digest)

@@ -1,0 +1,1 @@
+"""Pure decisions of a rollout: plan, machine, assignment. Imports nothing of the product."""

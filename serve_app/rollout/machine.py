@@ -1,0 +1,244 @@
+"""The rollout machine: what happened goes in, what the fleet shall hold comes out.
+
+Theory of operation. `advance(fleet, event)` returns the next state; nothing else decides. It is
+pure: no ray, no clock, no thread, no random. The controller feeds events in, journals the new
+state, and only then lets replicas hear of it.
+
+A rollout walks through `TRANSITIONS`. After every event the machine settles: it applies the rule of
+the current state until nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar, assert_never
+
+from .assignment import next_wave
+from .events import AbortRequested, Asked, Event, Left, Reported, Ticked
+from .state import (
+    TRANSITIONS,
+    Desired,
+    Fleet,
+    IllegalEvent,
+    Observed,
+    Progress,
+    Rollout,
+    State,
+)
+
+V = TypeVar("V")
+
+
+def advance(fleet: Fleet, event: Event) -> Fleet:
+    """The next state. Raises `IllegalEvent`, changing nothing, for what cannot happen now."""
+    after = _settle(_apply(fleet, event), at=event.at)
+    if after.decision() != fleet.decision():
+        after = replace(after, generation=fleet.generation + 1)
+    return after
+
+
+def desired(fleet: Fleet, replica: str) -> Desired:
+    """What `replica` shall hold now; a replica nobody knows yet gets stable."""
+    rollout = fleet.running
+    staging = rollout is not None and rollout.state is not State.ABORTING
+    return Desired(
+        epoch=fleet.epoch,
+        generation=fleet.generation,
+        hold=fleet.assigned.get(replica, fleet.stable),
+        stage=rollout.target if rollout and staging else None,
+    )
+
+
+def pending(fleet: Fleet) -> dict[str, Desired]:
+    """The commands: every known replica whose observed state is not yet the desired one."""
+    commands = {}
+    for replica, observed in fleet.observed.items():
+        want = desired(fleet, replica)
+        ready = observed.holds == want.hold and observed.serving
+        if not ready or (want.stage is not None and not observed.has(want.stage)):
+            commands[replica] = want
+    return commands
+
+
+def progress(fleet: Fleet, rollout: Rollout) -> Progress:
+    """How far a rollout is; of one that has ended, how far it was then."""
+    if rollout.progress is not None:
+        return rollout.progress
+    seen = fleet.observed.values()
+    return Progress(
+        total=len(seen),
+        staged=sum(observed.has(rollout.target) for observed in seen),
+        committed=sum(o.holds == rollout.target and o.serving for o in seen),
+    )
+
+
+def restored(fleet: Fleet, *, at: float) -> Fleet:
+    """After a restart: a new epoch, the intent as journaled, nothing observed yet.
+
+    Every replica that was assigned something is expected back and counts as out of service until it
+    reports; so no wave starts and no rollout ends on a fleet that nobody has looked at.
+    """
+    expected = {replica: Observed(seen_at=at) for replica in fleet.assigned}
+    return replace(fleet, epoch=fleet.epoch + 1, observed=expected)
+
+
+def silent(fleet: Fleet, *, at: float, after_s: float) -> list[str]:
+    """Replicas that did not report for more than `after_s` seconds."""
+    return [r for r, seen in fleet.observed.items() if at - seen.seen_at > after_s]
+
+
+def _apply(fleet: Fleet, event: Event) -> Fleet:
+    match event:
+        case Asked():
+            return _begin(fleet, event)
+        case Reported():
+            seen = Observed(
+                holds=event.holds,
+                staged=event.staged,
+                serving=event.serving,
+                failure=event.failure,
+                seen_at=event.at,
+            )
+            return replace(
+                fleet,
+                observed={**fleet.observed, event.replica: seen},
+                # a late joiner gets stable: what it has never held is proven on others first
+                assigned={event.replica: fleet.stable, **fleet.assigned},
+            )
+        case Left():
+            return replace(
+                fleet,
+                observed=_without(fleet.observed, event.replica),
+                assigned=_without(fleet.assigned, event.replica),
+            )
+        case AbortRequested():
+            if fleet.running is None or fleet.running.state is State.ABORTING:
+                return fleet
+            return _to(fleet, State.ABORTING, at=event.at, reason=event.reason)
+        case Ticked():
+            return fleet
+        case _:
+            assert_never(event)
+
+
+def _begin(fleet: Fleet, asked: Asked) -> Fleet:
+    if not fleet.observed:
+        raise IllegalEvent("a rollout", "no replica has reported yet")
+    if fleet.running is not None:
+        reason = f"replaced by a rollout to {asked.target}"
+        fleet = _to(fleet, State.SUPERSEDED, at=asked.at, reason=reason)
+    number = fleet.rollouts + 1
+    rollout = Rollout(
+        id=f"rollout-{number}",
+        plan=asked.plan,
+        target=asked.target,
+        previous=fleet.stable,  # also when it supersedes: the way back stays the proven revision
+        since=fleet.generation + 1,
+        created_at=asked.at,
+        deadline_at=asked.at + asked.plan.progress_deadline_s,
+    )
+    past = fleet.past if fleet.rollout is None else (*fleet.past, fleet.rollout)
+    return replace(fleet, rollout=rollout, rollouts=number, past=past[-50:])
+
+
+def _settle(fleet: Fleet, *, at: float) -> Fleet:
+    while fleet.running is not None:
+        after = _step(fleet, fleet.running, at=at)
+        if after == fleet:
+            return fleet
+        fleet = after
+    return fleet
+
+
+def _step(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
+    match rollout.state:
+        case State.PENDING:
+            return _to(fleet, State.STAGING, at=at)
+        case State.STAGING | State.PROGRESSING:
+            if (why := _why_abort(fleet, rollout, at=at)) is not None:
+                return _to(fleet, State.ABORTING, at=at, reason=why)
+            if rollout.state is State.STAGING:
+                return _stage(fleet, rollout, at=at)
+            return _progress(fleet, rollout, at=at)
+        case State.PROMOTING:
+            history = (*fleet.history, rollout.target)
+            fleet = replace(fleet, stable=rollout.target, history=history)
+            return _to(fleet, State.SUCCEEDED, at=at)
+        case State.ABORTING:
+            return _abort(fleet, rollout, at=at)
+        case State.SUCCEEDED | State.ABORTED | State.FAILED | State.SUPERSEDED:
+            return fleet
+        case _:
+            assert_never(rollout.state)
+
+
+def _stage(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
+    seen = fleet.observed.values()
+    if seen and all(observed.has(rollout.target) for observed in seen):
+        return _to(fleet, State.PROGRESSING, at=at)
+    return fleet
+
+
+def _progress(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
+    seen = fleet.observed.values()
+    if seen and all(observed.holds == rollout.target and observed.serving for observed in seen):
+        return _to(fleet, State.PROMOTING, at=at)
+    everywhere = rollout.plan.strategy == "all_at_once"
+    wave = next_wave(
+        target=rollout.target,
+        assigned=fleet.assigned,
+        in_service={r for r in fleet.observed if _in_service(fleet, r)},
+        broken={r for r in fleet.observed if _failed_on_assigned(fleet, r)},
+        ready={r for r, o in fleet.observed.items() if o.has(rollout.target)},
+        max_unavailable=len(fleet.observed) if everywhere else rollout.plan.max_unavailable,
+        keep_one=not everywhere,
+    )
+    return replace(fleet, assigned={**fleet.assigned, **dict.fromkeys(wave, rollout.target)})
+
+
+def _abort(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
+    fleet = replace(fleet, assigned=dict.fromkeys(fleet.assigned, fleet.stable))
+    back = [o.holds == fleet.stable and o.serving for o in fleet.observed.values()]
+    if all(back):
+        return _to(fleet, State.ABORTED, at=at)
+    for replica, observed in fleet.observed.items():
+        failure = observed.failure
+        if failure and failure.revision == fleet.stable and failure.generation > rollout.since:
+            reason = f"{rollout.reason}; then {replica} could not go back: {failure.reason}"
+            return _to(fleet, State.FAILED, at=at, reason=reason)
+    return fleet
+
+
+def _why_abort(fleet: Fleet, rollout: Rollout, *, at: float) -> str | None:
+    for replica, observed in fleet.observed.items():
+        failure = observed.failure
+        if failure and failure.revision == rollout.target and failure.generation >= rollout.since:
+            return f"replica {replica}: {failure.reason}"
+    if at >= rollout.deadline_at:
+        return f"not finished within {rollout.plan.progress_deadline_s:g} s"
+    return None
+
+
+def _in_service(fleet: Fleet, replica: str) -> bool:
+    observed = fleet.observed[replica]
+    return observed.serving and observed.holds == fleet.assigned[replica]
+
+
+def _failed_on_assigned(fleet: Fleet, replica: str) -> bool:
+    failure = fleet.observed[replica].failure
+    return failure is not None and failure.revision == fleet.assigned[replica]
+
+
+def _to(fleet: Fleet, state: State, *, at: float, reason: str | None = None) -> Fleet:
+    rollout = fleet.rollout
+    assert rollout is not None
+    assert state in TRANSITIONS[rollout.state], (rollout, state)
+    rollout = replace(rollout, state=state, reason=rollout.reason if reason is None else reason)
+    if rollout.ended:
+        rollout = replace(rollout, ended_at=at, progress=progress(fleet, rollout))
+    return replace(fleet, rollout=rollout)
+
+
+def _without(mapping: Mapping[str, V], key: str) -> dict[str, V]:
+    return {k: v for k, v in mapping.items() if k != key}

@@ -1,0 +1,118 @@
+"""Settings of the application: what `serve run` takes as `name=value` and a config file as `args`.
+
+Checked before anything starts; an unknown name or a wrong value is one sentence.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+EMBEDDED = "embedded"
+
+
+class InvalidSettings(Exception):
+    """One or more settings are wrong; nothing was started."""
+
+    code = "invalid_settings"
+
+    def __init__(self, problems: str) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return f"settings refused: {self.problems}"
+
+
+class Settings(BaseModel):
+    """Everything an operator can choose. Lengths are in tokens, times in seconds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+    # what is served
+    model: Annotated[
+        str, Field(min_length=1, description="Hub id, local folder, or 'embedded'")
+    ] = EMBEDDED
+    model_revision: Annotated[str | None, Field(description="Hub branch, tag or commit")] = None
+    served_model_name: Annotated[
+        str | None, Field(description="what clients call it; default: from `model`")
+    ] = None
+    adapter: Annotated[
+        str | None, Field(description="first adapter; default: none, the base model")
+    ] = None
+    adapter_name: Annotated[str | None, Field(description="its revision name")] = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = False
+
+    # what a replica accepts
+    max_rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    target_modules: Annotated[
+        str, Field(min_length=1, description="'all-linear', or names separated by commas")
+    ] = "all-linear"
+
+    # the fleet
+    replicas: Annotated[int, Field(ge=1)] = 2
+    num_gpus: Annotated[
+        float | None, Field(ge=0, description="per replica; default: 1 when the cluster has GPUs")
+    ] = None
+    num_cpus: Annotated[float, Field(ge=0, description="per replica")] = 1.0
+    torch_threads: Annotated[
+        int | None, Field(ge=1, description="default: the replica's share of the node's cores")
+    ] = None
+    max_ongoing_requests: Annotated[int, Field(ge=1, description="per replica")] = 64
+
+    # the engine
+    compile: bool = True
+    max_model_len: Annotated[int, Field(ge=16)] = 2048
+    max_batch_tokens: Annotated[int, Field(ge=16, description="tokens in one step")] = 256
+    kv_cache_tokens: Annotated[int, Field(ge=64, description="KV cache of a replica")] = 16_384
+    max_tokens_default: Annotated[int, Field(ge=1)] = 256
+
+    # control
+    state_uri: Annotated[
+        str | None, Field(description="where the journal lives (fsspec URI); default: node-local")
+    ] = None
+    admin_token: Annotated[
+        str | None, Field(min_length=1, description="bearer token for admin")
+    ] = None
+    poll_s: Annotated[
+        float, Field(gt=0, le=60, description="longest time a replica's report stays open")
+    ] = 2.0
+    drain_timeout_s: Annotated[
+        float, Field(gt=0, description="longest wait for running requests before a swap")
+    ] = 120.0
+    start_timeout_s: Annotated[
+        float, Field(gt=0, description="longest wait of a new replica for its revision")
+    ] = 600.0
+
+    @property
+    def silence_s(self) -> float:
+        """After this many seconds without a report a replica counts as gone."""
+        return 3 * self.poll_s
+
+    @property
+    def model_name(self) -> str:
+        if self.served_model_name:
+            return self.served_model_name
+        if self.model == EMBEDDED:
+            return "SmolLM2-135M-Instruct"
+        return self.model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def parse(values: dict[str, Any] | Settings) -> Settings:
+    """Settings from a config file or `name=value` words. Raises `InvalidSettings`."""
+    if isinstance(values, Settings):
+        return values
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise InvalidSettings("; ".join(map(_problem, error.errors()))) from None
+
+
+def _problem(detail: Any) -> str:
+    name = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        known = ", ".join(sorted(Settings.model_fields))
+        return f"there is no setting {name!r} (there are {known})"
+    return f"{name}={detail['input']!r}: {detail['msg'].lower()}"

@@ -1,0 +1,16 @@
+"""Where the journal lives when nobody said: the folder of this Ray session.
+
+It outlives a controller, a replica and a redeploy, and ends with the cluster, so a new cluster does
+not resume what an old one held. It does not survive the node; `status` says so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ray
+
+
+def default_state_uri(app_name: str) -> str:
+    context = ray.get_runtime_context()
+    return str(Path(context.get_temp_dir()) / context.get_session_name() / "hotswap" / app_name)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from hotswap_lib import Envelope, InvalidEnvelope
+
+
+def test_equal_envelopes_are_equal_whatever_the_targets_came_in() -> None:
+    envelope = Envelope(max_rank=8, target_modules={"v_proj", "q_proj"}, dtype=torch.bfloat16)
+    assert envelope == Envelope(8, ["q_proj", "v_proj"], dtype="bfloat16")
+    assert envelope == pickle.loads(pickle.dumps(envelope))
+    assert hash(envelope) == hash(Envelope(8, ("q_proj", "v_proj"), dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_rank", 0),
+        ("max_rank", True),
+        ("max_rank", 8.0),
+        ("max_rank", "8"),
+        ("target_modules", []),
+        ("target_modules", ""),
+        ("use_dora", "yes"),
+        ("bias", "some"),
+        ("dtype", "int8"),
+        ("dtype", torch.int32),
+    ],
+)
+def test_a_senseless_field_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(InvalidEnvelope) as caught:
+        Envelope(**{"max_rank": 8, field: value})
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("use_dora", True), ("bias", "lora_only"), ("modules_to_save", ["score"])],
+)
+def test_what_is_not_supported_yet_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(InvalidEnvelope, match="not supported yet") as caught:
+        Envelope(**{"max_rank": 8, field: value}).refuse_unsupported()
+    assert caught.value.field == field

@@ -1,0 +1,368 @@
+"""`hotswap` against a fake fleet: in process through a fake transport, once over a real socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from typer.testing import CliRunner, Result
+
+from serve_app import cli
+from serve_app.client import HotswapClient
+from serve_app.views import FleetView, ReplicaView, RolloutList, RolloutView
+
+OLD, NEW = "pirate@3f2a9c1d", "terse@9b1c22aa"
+REFUSALS = {
+    "/missing": (400, "adapter_not_found", "no adapter at\n/missing"),
+    "/nowhere": (404, "no_such_rollout", "there is no such rollout"),
+    "/undo": (409, "nothing_to_undo", "nothing was stable before"),
+}
+HAPPY = ["pending", "staging", "progressing", "promoting", "succeeded"]
+ENDS = {"succeeded", "aborted", "failed", "superseded"}
+
+
+@dataclass
+class FakeFleet:
+    """The admin surface over one rollout that takes its next state whenever it is looked at."""
+
+    states: list[str] = field(default_factory=lambda: list(HAPPY))
+    outages: int = 0
+    interrupt_at: str | None = None
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    tokens: set[str | None] = field(default_factory=set)
+    rollout: RolloutView | None = None
+
+    def answer(self, method: str, path: str, content: bytes) -> tuple[int, dict[str, Any]]:
+        match method, path.removeprefix("/admin/").split("/"):
+            case "GET", ["fleet"]:
+                return 200, self.fleet().model_dump()
+            case "GET", ["rollouts"]:
+                listed = [self.rollout] if self.rollout else []
+                return 200, RolloutList(data=listed).model_dump()
+            case "GET", ["rollouts", "r1"] if self.rollout:
+                return self.look()
+            case "POST", ["rollouts"]:
+                self.asked.append(json.loads(content))
+                if self.asked[-1]["adapter"] == "missing":
+                    return self.refuse("/missing")
+                return 201, self.enter(self.states.pop(0)).model_dump()
+            case "POST", ["rollouts", "r1", "abort"]:
+                return 200, self.enter("aborting").model_dump()
+            case "POST", ["undo"]:
+                if not self.rollout:
+                    return self.refuse("/undo")
+                return 201, self.enter(self.states.pop(0)).model_dump()
+        return self.refuse("/nowhere")
+
+    def look(self) -> tuple[int, dict[str, Any]]:
+        if self.outages:
+            self.outages -= 1
+            return 503, {}
+        assert self.rollout
+        if self.rollout.state == self.interrupt_at:
+            raise KeyboardInterrupt
+        if self.states:
+            self.enter(self.states.pop(0))
+        return 200, self.rollout.model_dump()
+
+    def enter(self, state: str) -> RolloutView:
+        self.rollout = RolloutView(
+            id="r1",
+            target=NEW,
+            previous=OLD,
+            strategy="rolling",
+            max_unavailable=1,
+            state=state,
+            reason="it took too long" if state in ("failed", "aborted") else None,
+            total=2,
+            created_at=1.0,
+            ended_at=2.0 if state in ENDS else None,
+        )
+        return self.rollout
+
+    def fleet(self) -> FleetView:
+        return FleetView(
+            ready=True,
+            epoch=1,
+            generation=2,
+            stable=OLD,
+            rollout=self.rollout,
+            replicas=[ReplicaView(id="abc123", revision=OLD, assigned=OLD, serving=True)],
+            history=["base@00000000", OLD],
+            journal_uri="/tmp/journal",
+        )
+
+    def refuse(self, what: str) -> tuple[int, dict[str, Any]]:
+        status, code, message = REFUSALS[what]
+        return status, {"error": {"message": message, "type": "t", "param": None, "code": code}}
+
+    def transport(self) -> httpx.MockTransport:
+        def handle(request: httpx.Request) -> httpx.Response:
+            self.tokens.add(request.headers.get("authorization"))
+            status, body = self.answer(request.method, request.url.path, request.content)
+            return httpx.Response(status, json=body)
+
+        return httpx.MockTransport(handle)
+
+
+PLAIN_TERMINAL = {"COLUMNS": "100", "FORCE_COLOR": None, "TTY_COMPATIBLE": None} | {
+    "HOTSWAP_URL": None,
+    "HOTSWAP_TOKEN": None,
+}
+
+
+def hotswap(fake: FakeFleet, *args: str, env: dict[str, str | None] | None = None) -> Result:
+    def connect(url: str, *, token: str | None) -> HotswapClient:
+        return HotswapClient(url, token=token, transport=fake.transport())
+
+    env = PLAIN_TERMINAL | (env or {})
+    return CliRunner().invoke(cli.app, list(args), obj=connect, env=env)
+
+
+@contextmanager
+def served(fake: FakeFleet) -> Iterator[str]:
+    """The fake behind a real uvicorn on a free port; yields its address."""
+    web = FastAPI()
+
+    @web.api_route("/{path:path}", methods=["GET", "POST"])
+    async def anything(request: Request, path: str) -> JSONResponse:
+        status, body = fake.answer(request.method, f"/{path}", await request.body())
+        return JSONResponse(body, status_code=status)
+
+    config = uvicorn.Config(web, log_level="error", ws="none", lifespan="off")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        # the socket listens already: an early request waits in its backlog, nobody has to poll
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=20)
+
+
+def test_status_shows_the_fleet_and_exits_0() -> None:
+    result = hotswap(FakeFleet(), "status")
+    assert result.exit_code == 0
+    assert OLD in result.stdout and "abc123" in result.stdout
+
+
+def test_start_returns_once_accepted_and_says_how_to_watch() -> None:
+    fake = FakeFleet()
+    result = hotswap(fake, "rollout", "start", "--adapter", "org/pirate")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        f"r1  {OLD} → {NEW}  rolling  pending  0/2 committed, 0/2 staged",
+        "watch: hotswap --url http://127.0.0.1:8000 rollout get r1 --watch",
+    ]
+    assert fake.asked == [{"adapter": "org/pirate", "strategy": "rolling", "max_unavailable": 1}]
+
+
+def test_start_sends_every_option() -> None:
+    fake = FakeFleet()
+    options = ["--name", "n", "--strategy", "all_at_once", "--max-unavailable", "3"]
+    hotswap(fake, "rollout", "start", "--adapter", "x", *options)
+    assert fake.asked == [
+        {"adapter": "x", "name": "n", "strategy": "all_at_once", "max_unavailable": 3}
+    ]
+
+
+def test_a_local_adapter_is_sent_as_an_absolute_path_and_any_other_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pirate").mkdir()
+    monkeypatch.chdir(tmp_path)
+    fake = FakeFleet()
+    for adapter in ("./pirate", "pirate/../pirate", "./absent", "s3://bucket/pirate"):
+        fake.states = ["pending"]
+        hotswap(fake, "rollout", "start", "--adapter", adapter)
+    here = str(tmp_path / "pirate")
+    sent = [asked["adapter"] for asked in fake.asked]
+    assert sent == [here, here, "./absent", "s3://bucket/pirate"]
+
+
+def test_a_watched_rollout_that_is_promoted_exits_0_and_prints_each_state_once() -> None:
+    result = hotswap(FakeFleet(), "rollout", "start", "--adapter", "x", "--watch")
+    assert result.exit_code == 0
+    shown = [line.split("rolling  ")[1].split()[0] for line in result.stdout.splitlines()]
+    assert shown == HAPPY[1:]
+
+
+@pytest.mark.parametrize("end", ["aborted", "failed", "superseded"])
+def test_a_watched_rollout_that_is_not_promoted_exits_3_with_the_reason(end: str) -> None:
+    fake = FakeFleet(states=["pending", "progressing", end])
+    result = hotswap(fake, "rollout", "start", "--adapter", "x", "--watch")
+    why = "the server gave no reason" if end == "superseded" else "it took too long"
+    assert result.exit_code == 3
+    assert result.stderr == f"error: r1 to {NEW} was not promoted: {why} [{end}]\n"
+
+
+def test_a_watch_lives_through_an_outage() -> None:
+    fake = FakeFleet(states=["pending", "succeeded"], outages=2)
+    result = hotswap(fake, "rollout", "start", "--adapter", "x", "--watch")
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_a_terminal_sees_the_live_screen() -> None:
+    fake = FakeFleet(states=["pending", "progressing", "succeeded"])
+    args = ["rollout", "start", "--adapter", "x", "--watch"]
+    result = hotswap(fake, *args, env={"FORCE_COLOR": "1", "TERM": "xterm"})
+    assert result.exit_code == 0
+    assert "abc123" in result.stdout and "succeeded" in result.stdout
+
+
+@pytest.mark.parametrize("watch", [[], ["--watch"]])
+def test_json_prints_one_document_only(watch: list[str]) -> None:
+    fake = FakeFleet(states=["pending", "failed"])
+    result = hotswap(fake, "rollout", "start", "--adapter", "x", "--json", *watch)
+    assert fake.rollout
+    assert RolloutView.model_validate_json(result.stdout) == fake.rollout
+    assert result.exit_code == (3 if watch else 0)
+
+
+@pytest.mark.parametrize("command", ["status", "history", "rollout list", "rollout get r1"])
+def test_every_command_that_shows_something_has_json(command: str) -> None:
+    fake = FakeFleet(states=[])
+    fake.enter("progressing")
+    result = hotswap(fake, *command.split(), "--json")
+    assert result.exit_code == 0
+    assert isinstance(json.loads(result.stdout), dict)
+
+
+def test_get_list_abort_and_history_show_lines() -> None:
+    fake = FakeFleet(states=[])
+    fake.enter("progressing")
+    assert hotswap(fake, "rollout", "get", "r1").stdout.startswith(f"r1  {OLD} → {NEW}")
+    assert hotswap(fake, "rollout", "list").stdout.startswith(f"r1  {OLD} → {NEW}")
+    assert "aborting" in hotswap(fake, "rollout", "abort", "r1").stdout
+    assert hotswap(fake, "history").stdout == f"1  base@00000000\n2  {OLD}  stable\n"
+
+
+def test_get_can_watch_a_rollout_that_was_started_before() -> None:
+    fake = FakeFleet(states=["promoting", "succeeded"])
+    fake.enter("progressing")
+    assert hotswap(fake, "rollout", "get", "r1", "--watch").exit_code == 0
+    assert fake.rollout and fake.rollout.state == "succeeded"
+
+
+def test_undo_watches_the_rollout_that_it_makes() -> None:
+    fake = FakeFleet()
+    fake.enter("succeeded")
+    result = hotswap(fake, "undo", "--watch")
+    assert result.exit_code == 0
+    assert "succeeded" in result.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (
+            ["rollout", "start", "--adapter", "missing"],
+            "no adapter at /missing [adapter_not_found]",
+        ),
+        (["undo"], "nothing was stable before [nothing_to_undo]"),
+        (["rollout", "abort", "r9"], "there is no such rollout [no_such_rollout]"),
+        (["rollout", "get", "r9", "--watch"], "there is no such rollout [no_such_rollout]"),
+    ],
+)
+def test_a_refusal_exits_1_with_one_line(args: list[str], line: str) -> None:
+    result = hotswap(FakeFleet(), *args)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"error: {line}\n")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["rollout", "start"],
+        ["rollout", "start", "--adapter", "x", "--strategy", "hope"],
+        ["rollout", "start", "--adapter", "x", "--max-unavailable", "0"],
+        ["rollout", "abort", " "],
+        ["--url", "localhost:8000", "status"],
+        ["--token", "a\nb", "status"],
+        ["dance"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_2_and_asks_nothing(args: list[str]) -> None:
+    fake = FakeFleet()
+    result = hotswap(fake, *args)
+    assert (result.exit_code, fake.tokens) == (2, set())
+    assert "Error: " in result.stderr
+
+
+def test_the_address_and_the_token_come_from_the_environment_or_the_option() -> None:
+    fake = FakeFleet()
+    env: dict[str, str | None] = {"HOTSWAP_URL": "http://env.test", "HOTSWAP_TOKEN": "from-env"}
+    start = ["rollout", "start", "--adapter", "x"]
+    assert "--url http://env.test rollout" in hotswap(fake, *start, env=env).stdout
+    given = ["--url", "http://opt.test", "--token", "from-option", *start]
+    assert "--url http://opt.test rollout" in hotswap(fake, *given, env=env).stdout
+    assert fake.tokens == {"Bearer from-env", "Bearer from-option"}
+
+
+def test_ctrl_c_leaves_quietly_with_130_and_says_that_the_rollout_goes_on() -> None:
+    fake = FakeFleet(interrupt_at="progressing")
+    result = hotswap(fake, "rollout", "start", "--adapter", "x", "--watch")
+    assert result.exit_code == 130
+    assert result.stderr == "stopped; a rollout that was accepted goes on (hotswap status)\n"
+
+
+@pytest.mark.parametrize("command", ["", "rollout", "rollout start", "status", "undo", "history"])
+def test_every_level_has_help(command: str) -> None:
+    result = hotswap(FakeFleet(), *command.split(), "--help")
+    assert result.exit_code == 0
+    assert "Usage: " in result.stdout and "--help" in result.stdout
+
+
+def test_help_documents_the_exit_codes_and_the_environment() -> None:
+    text = hotswap(FakeFleet(), "--help").stdout
+    for code in (0, 2, *cli.Exit):
+        assert f"\n    {int(code):<4} " in text
+    assert "HOTSWAP_URL" in text and "HOTSWAP_TOKEN" in text
+
+
+def test_version_is_printed() -> None:
+    result = hotswap(FakeFleet(), "--version")
+    assert (result.exit_code, result.stdout[:7]) == (0, "hotswap")
+
+
+def run_module(*args: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"NO_PROXY": "127.0.0.1", "PYTHONIOENCODING": "latin-1"}
+    env.pop("FORCE_COLOR", None)
+    command = [sys.executable, "-m", "serve_app.cli", *args]
+    return subprocess.run(command, env=env, capture_output=True, encoding="latin-1", timeout=60)
+
+
+def test_a_pipeline_runs_the_module_against_a_real_server() -> None:
+    with served(FakeFleet()) as url:
+        # latin-1 has no arrow: a poor locale must cost a character, not the exit code
+        done = run_module("--url", url, "rollout", "start", "--adapter", "x", "--watch")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"{OLD} ? {NEW}" in done.stdout and "succeeded" in done.stdout
+        refused = run_module("--url", url, "rollout", "get", "r9")
+        assert refused.returncode == 1
+        assert refused.stderr == "error: there is no such rollout [no_such_rollout]\n"
+
+
+def test_nobody_at_the_address_exits_4_with_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    done = run_module("--url", url, "status", "--watch")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr.startswith(f"error: cannot reach the server at {url}: ")
+    assert done.stderr.endswith(" [unreachable]\n") and done.stderr.count("\n") == 1
