@@ -23,6 +23,7 @@ from serve_app.client import DEFAULT_URL, HotswapClient, RequestRefused, ServerU
 from serve_app.screen import fleet_screen, history_screen, rollout_line, rollouts_screen
 from serve_app.views import RolloutView
 
+NO_ADAPTER = "base"  # a word of the server's, even beside a directory of that name
 HELP = """See and change which adapter a fleet serves.
 
 \b
@@ -153,7 +154,7 @@ def start(
     """Move the fleet to another adapter."""
     client: HotswapClient = ctx.obj
     path = os.path.expanduser(adapter)
-    if os.path.exists(path):
+    if adapter != NO_ADAPTER and os.path.exists(path):
         adapter = os.path.abspath(path)  # the server runs in another directory
     rollout = client.start(
         adapter=adapter, name=name, strategy=strategy, max_unavailable=max_unavailable

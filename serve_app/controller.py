@@ -228,10 +228,10 @@ class Controller:
     async def _journal_and_set(self, fleet: Fleet) -> None:
         entry = Entry(fleet=fleet, declared=self._settings.adapter, sources=self._sources)
         await asyncio.to_thread(self._journal.write, entry)
-        if (now := fleet.rollout) != (was := self._fleet.rollout) and now is not None:
-            if was is None or (was.id, was.state) != (now.id, now.state):
-                why = f" ({now.reason})" if now.reason else ""
-                logger.info(f"{now.id} to {from_key(now.target)}: {now.state}{why}")
+        was, now = self._fleet.rollout, fleet.rollout
+        if now is not None and (was is None or (was.id, was.state) != (now.id, now.state)):
+            why = f" ({now.reason})" if now.reason else ""
+            logger.info(f"{now.id} to {from_key(now.target)}: {now.state}{why}")
         self._fleet = fleet
         needed = {fleet.stable, *fleet.assigned.values(), *fleet.history[-2:]}
         self._shelf.keep_only(needed | ({fleet.rollout.target} if fleet.rollout else set()))
@@ -268,7 +268,7 @@ def _content(want: Desired) -> tuple[int, str, str | None]:
 
 
 class RolloutController(Controller):
-    """The deployment. Scripts reach it with `serve.get_deployment_handle("RolloutController", app)`."""
+    """The deployment; scripts reach it with `get_deployment_handle("RolloutController", app)`."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         uri = settings.state_uri or default_state_uri(serve.get_replica_context().app_name)

@@ -190,7 +190,8 @@ class Engine:
 
     def _forget_prefixes(self) -> None:
         processor = self._manager.batch_processor
-        assert processor is not None and not processor.scheduler.active_requests
+        assert processor is not None
+        assert not processor.scheduler.active_requests
         processor.cache.reset()
 
     async def _finish(self, prompt_ids: list[int]) -> None:

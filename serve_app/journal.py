@@ -35,7 +35,7 @@ class JournalUnreadable(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """`declared`: the adapter in the settings of the deploy that wrote it. `sources`: by revision."""
+    """`declared`: the adapter in the settings of that deploy. `sources`: by revision."""
 
     fleet: Fleet
     declared: str | None

@@ -1,7 +1,7 @@
 """OpenAI's HTTP shapes: requests checked, responses built.
 
-What is not supported is refused, never ignored. `return_token_ids` is vLLM's extension. The revision
-that answered is `system_fingerprint`, in every body and every stream chunk.
+What is not supported is refused, never ignored. `return_token_ids` is vLLM's extension. The
+revision that answered is `system_fingerprint`, in every body and every stream chunk.
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ class Model:
         except TimeoutError:
             raise StartTimeout(settings.start_timeout_s) from None
         logger.info(
-            f"ready on {self._engine.slot.revision}: load {loaded_s:.1f} s, warm-up {warm_s:.1f} s, "
+            f"ready on {self._engine.slot.revision}: "
+            f"load {loaded_s:.1f} s, warm-up {warm_s:.1f} s, "
             f"{self._engine.compiled_regions} compiled regions"
         )
 

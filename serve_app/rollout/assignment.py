@@ -23,7 +23,7 @@ def next_wave(
 
     `in_service`: replicas that serve what they are assigned. `broken`: replicas that failed on what
     they are assigned; they serve nothing, so moving them costs nothing, and an unhealthy stable
-    revision never blocks the rollout that would fix it. `ready`: replicas that have staged `target`.
+    revision never blocks the rollout that would fix it. `ready`: those that have staged `target`.
     With `keep_one` at least one replica stays in service, unless the fleet is only one.
     """
     waiting = sorted(r for r in ready if assigned.get(r) != target)

@@ -186,14 +186,15 @@ def test_a_local_adapter_is_sent_as_an_absolute_path_and_any_other_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "pirate").mkdir()
+    (tmp_path / "base").mkdir()
     monkeypatch.chdir(tmp_path)
     fake = FakeFleet()
-    for adapter in ("./pirate", "pirate/../pirate", "./absent", "s3://bucket/pirate"):
+    for adapter in ("./pirate", "pirate/../pirate", "./absent", "s3://bucket/pirate", "base"):
         fake.states = ["pending"]
         hotswap(fake, "rollout", "start", "--adapter", adapter)
     here = str(tmp_path / "pirate")
     sent = [asked["adapter"] for asked in fake.asked]
-    assert sent == [here, here, "./absent", "s3://bucket/pirate"]
+    assert sent == [here, here, "./absent", "s3://bucket/pirate", "base"]
 
 
 def test_a_watched_rollout_that_is_promoted_exits_0_and_prints_each_state_once() -> None:
@@ -320,6 +321,23 @@ def test_ctrl_c_leaves_quietly_with_130_and_says_that_the_rollout_goes_on() -> N
     result = hotswap(fake, "rollout", "start", "--adapter", "x", "--watch")
     assert result.exit_code == 130
     assert result.stderr == "stopped; a rollout that was accepted goes on (hotswap status)\n"
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_a_watched_status_goes_on_until_ctrl_c(as_json: list[str]) -> None:
+    class FakeFleetUntilCtrlC(FakeFleet):
+        looks = 0
+
+        def fleet(self) -> FleetView:
+            self.looks += 1
+            if self.looks == 3:
+                raise KeyboardInterrupt
+            return super().fleet()
+
+    result = hotswap(FakeFleetUntilCtrlC(), "status", "--watch", *as_json)
+    assert result.exit_code == 130
+    assert result.stdout.count("abc123") == 1
+    assert not as_json or FleetView.model_validate_json(result.stdout) == FakeFleet().fleet()
 
 
 @pytest.mark.parametrize("command", ["", "rollout", "rollout start", "status", "undo", "history"])
