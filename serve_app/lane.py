@@ -57,7 +57,10 @@ class Lane:
         self._loop.cancel()
         await asyncio.wait([self._loop])
         await self._stop_work()
-        await self._controller.leave(self._replica)
+        try:
+            await self._controller.leave(self._replica)
+        except Exception as error:  # it may be gone before us; then it notices our silence
+            logger.info(f"left without a word ({_sentence(error)})")
 
     # ---- talking ----------------------------------------------------------------------------
 

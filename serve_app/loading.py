@@ -34,18 +34,28 @@ class Loaded:
     eos_token_ids: list[int]
 
 
-def load(settings: Settings) -> Loaded:
-    """Load on the best device this process sees, and prepare for the settings' envelope.
+def check(settings: Settings) -> None:
+    """Say now what `load` would say later, from the model's config alone.
 
-    Raises `UnsupportedModel` for anything but a causal language model with a tokenizer.
+    Raises `UnsupportedModel` for anything but a causal language model that can be found.
     """
-    path = str(embedded.base_model_path()) if settings.model == EMBEDDED else settings.model
-    hub = {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
-    config = AutoConfig.from_pretrained(path, **hub)
+    if settings.model == EMBEDDED:
+        embedded.check()
+        return
+    try:
+        config = AutoConfig.from_pretrained(settings.model, **_hub(settings))
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(settings.model, str(error).splitlines()[0]) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UnsupportedModel(
-            settings.model, f"{config.model_type} is not a causal language model"
-        )
+        why = f"{config.model_type} is not a causal language model"
+        raise UnsupportedModel(settings.model, why)
+
+
+def load(settings: Settings) -> Loaded:
+    """Load on the best device this process sees, and prepare for the settings' envelope."""
+    check(settings)
+    path = str(embedded.base_model_path()) if settings.model == EMBEDDED else settings.model
+    hub = _hub(settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=settings.dtype, attn_implementation="sdpa", **hub
@@ -55,6 +65,13 @@ def load(settings: Settings) -> Loaded:
     modules = targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
     slot = prepare(model, envelope=Envelope(max_rank=settings.max_rank, target_modules=modules))
     return Loaded(slot=slot, tokenizer=tokenizer, eos_token_ids=_eos_token_ids(model, tokenizer))
+
+
+def _hub(settings: Settings) -> dict[str, Any]:
+    return {
+        "revision": settings.model_revision,
+        "trust_remote_code": settings.trust_remote_code,
+    }
 
 
 def _eos_token_ids(model: Any, tokenizer: Any) -> list[int]:

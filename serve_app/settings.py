@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from click import ClickException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 EMBEDDED = "embedded"
 
 
-class InvalidSettings(Exception):
-    """One or more settings are wrong; nothing was started."""
+class InvalidSettings(ClickException):
+    """One or more settings are wrong; nothing was started.
+
+    A click exception, because `serve run` is a click program: it prints one line, no traceback.
+    """
 
     code = "invalid_settings"
 
@@ -23,6 +27,9 @@ class InvalidSettings(Exception):
 
     def __str__(self) -> str:
         return f"settings refused: {self.problems}"
+
+    def format_message(self) -> str:
+        return str(self)
 
 
 class Settings(BaseModel):

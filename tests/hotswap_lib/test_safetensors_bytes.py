@@ -52,7 +52,7 @@ def test_trailing_bytes_are_refused() -> None:
         lambda header: header["b"].update(shape=[3, -5]),
         lambda header: header["b"].update(shape=[3, 6]),
         lambda header: header["b"].update(shape=None),
-        lambda header: header["b"].update(data_offsets=[0, 60]),
+        lambda header: header["b"].update(data_offsets=[4, 64]),
         lambda header: header["b"].pop("data_offsets"),
         lambda header: header.update(b=3),
     ],

@@ -159,7 +159,8 @@ def served(fake: FakeFleet) -> Iterator[str]:
 def test_status_shows_the_fleet_and_exits_0() -> None:
     result = hotswap(FakeFleet(), "status")
     assert result.exit_code == 0
-    assert OLD in result.stdout and "abc123" in result.stdout
+    assert OLD in result.stdout
+    assert "abc123" in result.stdout
 
 
 def test_start_returns_once_accepted_and_says_how_to_watch() -> None:
@@ -224,7 +225,8 @@ def test_a_terminal_sees_the_live_screen() -> None:
     args = ["rollout", "start", "--adapter", "x", "--watch"]
     result = hotswap(fake, *args, env={"FORCE_COLOR": "1", "TERM": "xterm"})
     assert result.exit_code == 0
-    assert "abc123" in result.stdout and "succeeded" in result.stdout
+    assert "abc123" in result.stdout
+    assert "succeeded" in result.stdout
 
 
 @pytest.mark.parametrize("watch", [[], ["--watch"]])
@@ -258,7 +260,8 @@ def test_get_can_watch_a_rollout_that_was_started_before() -> None:
     fake = FakeFleet(states=["promoting", "succeeded"])
     fake.enter("progressing")
     assert hotswap(fake, "rollout", "get", "r1", "--watch").exit_code == 0
-    assert fake.rollout and fake.rollout.state == "succeeded"
+    assert fake.rollout
+    assert fake.rollout.state == "succeeded"
 
 
 def test_undo_watches_the_rollout_that_it_makes() -> None:
@@ -344,14 +347,16 @@ def test_a_watched_status_goes_on_until_ctrl_c(as_json: list[str]) -> None:
 def test_every_level_has_help(command: str) -> None:
     result = hotswap(FakeFleet(), *command.split(), "--help")
     assert result.exit_code == 0
-    assert "Usage: " in result.stdout and "--help" in result.stdout
+    assert "Usage: " in result.stdout
+    assert "--help" in result.stdout
 
 
 def test_help_documents_the_exit_codes_and_the_environment() -> None:
     text = hotswap(FakeFleet(), "--help").stdout
     for code in (0, 2, *cli.Exit):
         assert f"\n    {int(code):<4} " in text
-    assert "HOTSWAP_URL" in text and "HOTSWAP_TOKEN" in text
+    assert "HOTSWAP_URL" in text
+    assert "HOTSWAP_TOKEN" in text
 
 
 def test_version_is_printed() -> None:
@@ -371,7 +376,8 @@ def test_a_pipeline_runs_the_module_against_a_real_server() -> None:
         # latin-1 has no arrow: a poor locale must cost a character, not the exit code
         done = run_module("--url", url, "rollout", "start", "--adapter", "x", "--watch")
         assert (done.returncode, done.stderr) == (0, "")
-        assert f"{OLD} ? {NEW}" in done.stdout and "succeeded" in done.stdout
+        assert f"{OLD} ? {NEW}" in done.stdout
+        assert "succeeded" in done.stdout
         refused = run_module("--url", url, "rollout", "get", "r9")
         assert refused.returncode == 1
         assert refused.stderr == "error: there is no such rollout [no_such_rollout]\n"
@@ -383,4 +389,5 @@ def test_nobody_at_the_address_exits_4_with_one_line() -> None:
     done = run_module("--url", url, "status", "--watch")
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr.startswith(f"error: cannot reach the server at {url}: ")
-    assert done.stderr.endswith(" [unreachable]\n") and done.stderr.count("\n") == 1
+    assert done.stderr.endswith(" [unreachable]\n")
+    assert done.stderr.count("\n") == 1

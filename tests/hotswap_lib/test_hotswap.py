@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import peft.utils.hotswap
+import pytest
+import torch
+from peft import LoraConfig
+
+from hotswap_lib import (
+    Adapter,
+    AlreadyCompiled,
+    NotPrepared,
+    Receipt,
+    RankOverEnvelope,
+    hotswap_adapter,
+    prepare,
+    prepare_model_for_compiled_hotswap,
+)
+from hotswap_lib.attachment import find_slot
+
+Adapters = dict[str, Path]
+Expected = dict[str, torch.Tensor]
+
+
+def test_the_parameters_are_those_of_peft_with_a_default_name() -> None:
+    for name in ("hotswap_adapter", "prepare_model_for_compiled_hotswap"):
+        ours = inspect.signature(globals()[name]).parameters
+        theirs = inspect.signature(getattr(peft.utils.hotswap, name)).parameters
+        assert [(p.name, p.kind) for p in ours.values()] == [
+            (p.name, p.kind) for p in theirs.values()
+        ]
+
+
+def test_changing_the_import_is_enough_for_code_written_for_peft(
+    tiny: Any, adapters: Adapters, expected: Expected
+) -> None:
+    model = tiny.peft_model(adapters["wide"])
+    prepare_model_for_compiled_hotswap(model, target_rank=16)
+    receipt = hotswap_adapter(model, str(adapters["wide"]), "default", torch_device="cpu")
+    assert isinstance(receipt, Receipt)
+    torch.testing.assert_close(tiny.logits(model), expected["wide"])
+
+
+def test_a_model_that_nobody_prepared_is_prepared_for_its_first_adapter(
+    tiny: Any, adapters: Adapters, expected: Expected
+) -> None:
+    model = tiny.peft_model(adapters["wide"])
+    hotswap_adapter(model, adapters["attention"], adapter_name="default")
+    torch.testing.assert_close(tiny.logits(model), expected["attention"])
+    with pytest.raises(RankOverEnvelope):
+        hotswap_adapter(model, adapters["rslora"])
+
+
+def test_the_slot_is_found_through_a_compiled_wrapper(tiny: Any, adapters: Adapters) -> None:
+    slot = prepare(tiny.base(), envelope=tiny.envelope)
+    compiled = torch.compile(slot.model)
+    assert find_slot(compiled, "default") is slot
+    assert hotswap_adapter(compiled, adapters["wide"]).revision == slot.revision
+
+
+def test_what_cannot_be_prepared_any_more_is_refused(tiny: Any, adapters: Adapters) -> None:
+    for model in (tiny.base(), torch.compile(tiny.peft_model(adapters["wide"]))):
+        with pytest.raises(NotPrepared):
+            hotswap_adapter(model, adapters["wide"])
+    model = tiny.peft_model(adapters["wide"])
+    model.compile()
+    with pytest.raises(NotPrepared, match="compiled already"):
+        hotswap_adapter(model, adapters["wide"])
+
+
+def test_an_adapter_in_memory_and_a_name_are_taken(tiny: Any, adapters: Adapters) -> None:
+    slot = prepare(tiny.base(), envelope=tiny.envelope)
+    trained = Adapter.from_peft_model(tiny.peft_model(adapters["patterns"]))
+    receipt = hotswap_adapter(slot.model, trained, name="step-1", low_cpu_mem_usage=True)
+    assert receipt.revision.name == "step-1"
+
+
+def test_check_compiled_refuses_warns_or_says_nothing(tiny: Any, adapters: Adapters) -> None:
+    def compiled() -> torch.nn.Module:
+        return torch.compile(tiny.peft_model(adapters["wide"]))
+
+    with pytest.raises(AlreadyCompiled):
+        prepare_model_for_compiled_hotswap(compiled())
+    with pytest.warns(UserWarning, match="compiled already"):
+        prepare_model_for_compiled_hotswap(compiled(), check_compiled="warn")
+    model = compiled()
+    prepare_model_for_compiled_hotswap(model, check_compiled="ignore")
+    assert find_slot(model, "default") is not None
+    with pytest.raises(ValueError, match="check_compiled"):
+        prepare_model_for_compiled_hotswap(model, check_compiled="maybe")  # type: ignore[arg-type]
+
+
+def test_configs_get_the_target_rank_and_the_live_one_stays_true(
+    tiny: Any, adapters: Adapters
+) -> None:
+    model = tiny.peft_model(adapters["patterns"])
+    other = LoraConfig(r=4, rank_pattern={"q_proj": 8}, target_modules=["q_proj"])
+    configs = {**model.peft_config, "other": other}
+    prepare_model_for_compiled_hotswap(model, target_rank=16, config=configs)
+    assert (other.r, other.rank_pattern) == (16, {"q_proj": 16})
+    assert model.peft_config["default"].r == 4
+    prepare_model_for_compiled_hotswap(tiny.peft_model(adapters["wide"]), target_rank=16)
+
+
+def test_a_model_without_adapters_is_refused_by_the_drop_in(tiny: Any) -> None:
+    with pytest.raises(NotPrepared):
+        prepare_model_for_compiled_hotswap(tiny.base(), target_rank=16)
