@@ -2,9 +2,10 @@
 
 ``python -m benchmarks.swap [--json PATH] [--rounds N] [--device DEVICE]``
 
-All figures come from one run: the operations take turns, each round with the next adapter, and
-the table shows medians. 224 LoRA layers, an image of 42 MB in float32 at rank 64, adapters of
-ranks 8, 16, 32 and 64. On CUDA the times are the device's own, between two events.
+All figures come from one run and are medians. The operations take turns in an order drawn anew for
+each round, since what ran before leaves the caches cold or warm, each round with the next adapter.
+224 LoRA layers, an image of 42 MB in float32 at rank 64, adapters of ranks 8, 16, 32 and 64. On
+CUDA the times are the device's own, between two events.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import copy
 import json
 import platform
+import random
 import statistics
 import tempfile
 import time
@@ -36,6 +38,10 @@ MAX_RANK = 64
 RANKS = (8, 16, 32, 64)
 # (layers, hidden, intermediate) → 32 * 7 linears, 64 * 32 * (11 * 256 + 3 * 768) floats = 42 MB
 LAYERS, HIDDEN, INTERMEDIATE = 32, 256, 768
+
+# what takes milliseconds runs more often, so that its median is worth as much
+COPIES = ("raw copy_ of the same bytes", "commit", "rollback")
+COPIES_PER_ROUND = 5
 
 Operation = Callable[[int], object]
 """One measured operation; the argument counts the rounds and so chooses the adapter."""
@@ -87,7 +93,7 @@ def our_operations(slot: Slot, paths: list[Path]) -> dict[str, Operation]:
     return {
         "raw copy_ of the same bytes": copy_raw,
         "commit": lambda turn: slot.commit(staged[turn % len(staged)]),
-        "rollback": lambda turn: slot.rollback(),
+        "rollback": lambda _: slot.rollback(),
         "read and identify (from disk)": lambda turn: load_adapter(paths[turn % len(paths)]),
         "pack (from memory)": lambda turn: pack(adapters[turn % len(paths)], slot.layout),
         "stage": lambda turn: slot.stage(images[turn % len(images)]),
@@ -126,11 +132,14 @@ def _in_memory(adapter: Adapter, device: str) -> dict[str, torch.Tensor]:
 
 
 def measure(operations: dict[str, Operation], *, rounds: int, device: str) -> dict[str, float]:
-    """Median microseconds for each operation; all take their turn in every round."""
+    """Median microseconds for each operation; all take their turns in every round."""
     times: dict[str, list[float]] = {name: [] for name in operations}
+    order = random.Random(0)
+    turns = [name for name in operations for _ in range(COPIES_PER_ROUND if name in COPIES else 1)]
     for turn in range(-1, rounds):  # the first round is a warm-up
-        for name, operation in operations.items():
-            took_us = _time_us(operation, turn, device)
+        order.shuffle(turns)
+        for name in turns:
+            took_us = _time_us(operations[name], turn, device)
             if turn >= 0:
                 times[name].append(took_us)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -141,7 +150,8 @@ def _time_us(operation: Operation, turn: int, device: str) -> float:
         started = time.perf_counter_ns()
         operation(turn)
         return (time.perf_counter_ns() - started) / 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    event: Any = torch.cuda.Event
+    begin, end = event(enable_timing=True), event(enable_timing=True)
     torch.cuda.synchronize()
     begin.record()
     operation(turn)
@@ -167,6 +177,7 @@ def run(*, rounds: int, device: str) -> dict[str, Any]:
         paths = save_adapters(base, Path(folder))
         theirs = peft_operations(copy.deepcopy(base), paths, device)
         slot = prepare(base, envelope=Envelope(max_rank=MAX_RANK))
+        slot.commit(slot.stage(pack(paths[0], slot.layout)))  # for a rollback that comes first
         ours = our_operations(slot, paths)
         median_us = measure({**ours, **theirs}, rounds=rounds, device=device)
         slot.verify()
@@ -193,7 +204,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     commit = result["median_us"]["commit"]
     megabytes = result["image_bytes"] / 1e6
     title = f"{result['lora_layers']} LoRA layers, {megabytes:.0f} MB image, {result['device']}"
-    table = Table("operation", "median", "× commit", title=title)
+    table = Table("operation", "median", "/ commit", title=title)
     for name, took_us in result["median_us"].items():
         table.add_row(name, f"{took_us / 1e3:.2f} ms", f"{took_us / commit:.2f}")
     console.print(table)

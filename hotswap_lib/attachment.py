@@ -35,7 +35,7 @@ def attach(slot: Slot) -> None:
     model = slot.model
     if _ATTRIBUTE not in vars(model):
         vars(model)[_ATTRIBUTE] = _Slots()
-        model.register_state_dict_post_hook(_unpad)  # type: ignore[no-untyped-call]
+        model.register_state_dict_post_hook(_unpad)
     _slots(model)[slot.adapter_name] = slot
 
 
@@ -45,7 +45,7 @@ def _slots(model: torch.nn.Module) -> _Slots:
 
 
 def _unpad(
-    model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: Any
+    model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, _metadata: Any
 ) -> None:
     """Show the live adapter as it is: own rank, own modules. PEFT's save_pretrained reads this."""
     for slot in _slots(model).values():

@@ -30,7 +30,7 @@ def hotswap_adapter(
     model: torch.nn.Module,
     model_name_or_path: str | Path | Adapter,
     adapter_name: str = "default",
-    torch_device: str | None = None,
+    torch_device: str | None = None,  # noqa: ARG001 (PEFT's signature)
     **kwargs: Any,
 ) -> Receipt:
     """Put another adapter in the place of the live one.

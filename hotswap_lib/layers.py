@@ -80,6 +80,7 @@ def inject(model: torch.nn.Module, envelope: Envelope, adapter_name: str) -> Pef
     )
     try:
         if isinstance(model, PeftModel):
+            _detach(model, adapter_name)
             # the model's own tuner, so that the PeftModel object and its other adapters stay
             config.task_type = model.peft_config[adapter_name].task_type
             model.peft_config[adapter_name] = config
@@ -99,6 +100,13 @@ def inject(model: torch.nn.Module, envelope: Envelope, adapter_name: str) -> Pef
             rule = f"target {name!r} ({kind}) is not supported, only plain Linear layers are"
             raise InvalidEnvelope("target_modules", rule)
     return model
+
+
+def _detach(model: PeftModel, adapter_name: str) -> None:
+    # what is left of the first adapter would mix with the envelope: other targets, DoRA, ...
+    for layer in lora_layers(model, adapter_name).values():
+        for _, container in list(_containers(layer, adapter_name)):
+            del container[adapter_name]
 
 
 def _lora_targets(envelope: Envelope) -> str | list[str]:
@@ -225,7 +233,9 @@ class Undo:
 
 
 def _containers(layer: LoraLayer, adapter_name: str) -> Iterator[tuple[str, Any]]:
-    for attribute in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"):
+    # some layers name a container twice
+    names = (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant")
+    for attribute in dict.fromkeys(names):
         container = getattr(layer, attribute, None)
         if container is not None and hasattr(container, "keys") and adapter_name in container:
             yield attribute, container

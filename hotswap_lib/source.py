@@ -33,7 +33,7 @@ class Adapter:
 
     Args:
         name: what its revision is called.
-        config: the content of ``adapter_config.json``.
+        config: the content of ``adapter_config.json``, or ``LoraConfig.to_dict()``.
         tensors: weights under PEFT's checkpoint keys, without an adapter name in them. Keys that
             were saved from a compiled model lose their ``_orig_mod.``.
 
@@ -51,7 +51,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         tensors = {key.replace("_orig_mod.", ""): value for key, value in self.tensors.items()}
-        object.__setattr__(self, "config", dict(self.config))
+        object.__setattr__(self, "config", _plain(self.config))
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "revision", revision_of(self.name, self.config, tensors))
 
@@ -75,7 +75,7 @@ class Adapter:
             model, adapter_name=adapter_name, save_embedding_layers=False
         )
         tensors = {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
-        config = _plain(peft_config[adapter_name].to_dict())
+        config = peft_config[adapter_name].to_dict()
         return cls(name=name or adapter_name, config=config, tensors=tensors)
 
 
@@ -183,7 +183,7 @@ def _read_fully(readinto: Callable[[memoryview], int | None], target: memoryview
 
 
 def _uri_reader(label: str, uri: str, subfolder: str | None) -> Reader:
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
 
     try:
         filesystem, root = fsspec.core.url_to_fs(uri)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -126,7 +126,7 @@ class Engine:
 
     async def generate(
         self, prompt_ids: list[int], *, max_tokens: int, temperature: float, stream: bool
-    ) -> AsyncIterator[Step]:
+    ) -> AsyncGenerator[Step, None]:
         """Steps of one request; only the finished one unless `stream`.
 
         Waits while the gate is closed. Leaving the iterator early cancels the request. Raises

@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import torch
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from tokenizers.decoders import DecodeStream
 
 from hotswap_lib import Layout
 
+from .detokenizer import Detokenizer
 from .engine import Engine, EngineStopped, Step
 from .lane import Lane
 from .loading import load
@@ -101,24 +102,21 @@ class Model:
         """The same answer in chunks. Use `handle.options(stream=True).stream.remote(request)`."""
         prompt_ids, max_tokens = self._prompt(request)
         responses = Responses(request, model=self._settings.model_name, replica=self._replica)
-        text = DecodeStream(skip_special_tokens=True)
+        detokenizer = Detokenizer(self._tokenizer)
         sent = 0
-        step: Step | None = None
-        async for step in self._engine.generate(
-            prompt_ids, max_tokens=max_tokens, temperature=request.temperature, stream=True
-        ):
-            if sent == 0:
-                yield responses.first(revision=step.revision)
-            new = step.token_ids[sent:]
-            sent = len(step.token_ids)
-            pieces = (text.step(self._tokenizer.backend_tokenizer, token) for token in new)
-            yield responses.piece(
-                text="".join(piece for piece in pieces if piece),
-                revision=step.revision,
-                reason=self._reason(step) if step.finished else None,
-                token_ids=new,
-            )
-        assert step is not None
+        async with self._steps(request, prompt_ids, max_tokens) as steps:
+            async for step in steps:
+                if sent == 0:
+                    yield responses.first(revision=step.revision)
+                new = step.token_ids[sent:]
+                sent = len(step.token_ids)
+                text = detokenizer.step(new)
+                yield responses.piece(
+                    text=text + detokenizer.rest(step.token_ids) if step.finished else text,
+                    revision=step.revision,
+                    reason=self._reason(step) if step.finished else None,
+                    token_ids=new,
+                )
         if request.include_usage:
             yield responses.last(
                 revision=step.revision, prompt_ids=prompt_ids, token_ids=step.token_ids
@@ -141,16 +139,27 @@ class Model:
     async def _whole(self, request: ChatRequest | CompletionRequest) -> dict[str, Any]:
         prompt_ids, max_tokens = self._prompt(request)
         responses = Responses(request, model=self._settings.model_name, replica=self._replica)
-        async for step in self._engine.generate(
-            prompt_ids, max_tokens=max_tokens, temperature=request.temperature, stream=False
-        ):
-            last = step
+        async with self._steps(request, prompt_ids, max_tokens) as steps:
+            last = [step async for step in steps][-1]
         return responses.whole(
             text=self._tokenizer.decode(last.token_ids, skip_special_tokens=True),
             revision=last.revision,
             reason=self._reason(last),
             prompt_ids=prompt_ids,
             token_ids=last.token_ids,
+        )
+
+    def _steps(
+        self, request: ChatRequest | CompletionRequest, prompt_ids: list[int], max_tokens: int
+    ) -> aclosing[AsyncGenerator[Step, None]]:
+        """The engine's steps; closed at once when the client goes away, which cancels them."""
+        return aclosing(
+            self._engine.generate(
+                prompt_ids,
+                max_tokens=max_tokens,
+                temperature=request.temperature,
+                stream=request.stream,
+            )
         )
 
     def _reason(self, step: Step) -> str:

@@ -38,12 +38,17 @@ ADAPTERS: dict[str, dict[str, object]] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # PEFT 0.21 reads a property that transformers 5.23 deprecates, on every get_peft_model
-    known = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+    known = [
+        # PEFT 0.21 reads a property that transformers 5.23 deprecates, on every get_peft_model
+        "ignore:`is_gradient_checkpointing`:FutureWarning",
+        # torch 2.13 itself, the first time that something is compiled
+        "ignore:`torch.jit.script_method`:DeprecationWarning",
+    ]
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
-            item.add_marker(known)
+            for warning in known:
+                item.add_marker(pytest.mark.filterwarnings(warning))
 
 
 def _llama() -> LlamaForCausalLM:
@@ -92,7 +97,8 @@ class Tiny:
     def logits(self, model: torch.nn.Module) -> torch.Tensor:
         """What the model computes for twelve tokens."""
         with torch.no_grad():
-            return model(IDS).logits
+            output: torch.Tensor = model(IDS).logits
+        return output
 
 
 @pytest.fixture(scope="session")
@@ -116,8 +122,7 @@ def expected(tiny: Tiny, adapters: dict[str, Path]) -> dict[str, torch.Tensor]:
     """Name → logits of the equally padded PeftModel; ``"base"`` → of the base model."""
     with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
         padded = {
-            name: tiny.logits(tiny.peft_model(path, padded=True))
-            for name, path in adapters.items()
+            name: tiny.logits(tiny.peft_model(path, padded=True)) for name, path in adapters.items()
         }
     return {"base": tiny.logits(tiny.base()), **padded}
 
@@ -154,4 +159,3 @@ def edit(adapters: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
-

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -30,9 +31,10 @@ def test_equal_envelopes_are_equal_whatever_the_targets_came_in() -> None:
         ("dtype", torch.int32),
     ],
 )
-def test_a_senseless_field_is_refused_by_name(field: str, value: object) -> None:
+def test_a_senseless_field_is_refused_by_name(field: str, value: Any) -> None:
+    fields: dict[str, Any] = {"max_rank": 8, field: value}
     with pytest.raises(InvalidEnvelope) as caught:
-        Envelope(**{"max_rank": 8, field: value})
+        Envelope(**fields)
     assert caught.value.field == field
 
 
@@ -40,7 +42,8 @@ def test_a_senseless_field_is_refused_by_name(field: str, value: object) -> None
     ("field", "value"),
     [("use_dora", True), ("bias", "lora_only"), ("modules_to_save", ["score"])],
 )
-def test_what_is_not_supported_yet_is_refused_by_name(field: str, value: object) -> None:
+def test_what_is_not_supported_yet_is_refused_by_name(field: str, value: Any) -> None:
+    fields: dict[str, Any] = {"max_rank": 8, field: value}
     with pytest.raises(InvalidEnvelope, match="not supported yet") as caught:
-        Envelope(**{"max_rank": 8, field: value}).refuse_unsupported()
+        Envelope(**fields).refuse_unsupported()
     assert caught.value.field == field

@@ -25,8 +25,8 @@ def with_value(value: float) -> Callable[[Tensors], None]:
     return lambda tensors: tensors[QB].view(-1).__setitem__(3, value)
 
 
-def without(*keys: str) -> Callable[[Tensors], None]:
-    return lambda tensors: [tensors.pop(key) for key in keys] and None
+def without(key: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.pop(key)
 
 
 def added(key: str) -> Callable[[Tensors], None]:
@@ -44,7 +44,7 @@ def rank_of(rank: int) -> Callable[[Tensors], None]:
 
 
 # what is done to the adapter → the code, and the tensor that the sentence names
-TENSOR_FAULTS: dict[str, tuple[Callable[[Tensors], None], dict[str, Any], str, str | None]] = {
+TENSOR_FAULTS: dict[str, tuple[Callable[[Tensors], object], dict[str, Any], str, str | None]] = {
     "in_features": (setting(QA, torch.ones(8, 40)), {}, "shape_mismatch", QA),
     "out_features": (setting(QB, torch.ones(31, 8)), {}, "shape_mismatch", QB),
     "dimensions": (setting(QA, torch.ones(8, 32, 1)), {}, "shape_mismatch", QA),

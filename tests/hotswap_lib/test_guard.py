@@ -102,7 +102,7 @@ def test_a_whole_compiled_peft_model_is_swapped_without_a_recompilation(
     tiny: Any, adapters: Adapters
 ) -> None:
     slot = prepare(tiny.peft_model(adapters["attention"]), envelope=tiny.envelope)
-    compiled = torch.compile(slot.model, backend="eager")
+    compiled: Any = torch.compile(slot.model, backend="eager")
     tiny.logits(compiled)
     guard = CompileGuard()
     for name in ("wide", "patterns", "rslora", "attention"):

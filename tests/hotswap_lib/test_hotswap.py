@@ -13,8 +13,8 @@ from hotswap_lib import (
     Adapter,
     AlreadyCompiled,
     NotPrepared,
-    Receipt,
     RankOverEnvelope,
+    Receipt,
     hotswap_adapter,
     prepare,
     prepare_model_for_compiled_hotswap,
@@ -56,13 +56,14 @@ def test_a_model_that_nobody_prepared_is_prepared_for_its_first_adapter(
 
 def test_the_slot_is_found_through_a_compiled_wrapper(tiny: Any, adapters: Adapters) -> None:
     slot = prepare(tiny.base(), envelope=tiny.envelope)
-    compiled = torch.compile(slot.model)
+    compiled: Any = torch.compile(slot.model)
     assert find_slot(compiled, "default") is slot
     assert hotswap_adapter(compiled, adapters["wide"]).revision == slot.revision
 
 
 def test_what_cannot_be_prepared_any_more_is_refused(tiny: Any, adapters: Adapters) -> None:
-    for model in (tiny.base(), torch.compile(tiny.peft_model(adapters["wide"]))):
+    unprepared: list[Any] = [tiny.base(), torch.compile(tiny.peft_model(adapters["wide"]))]
+    for model in unprepared:
         with pytest.raises(NotPrepared):
             hotswap_adapter(model, adapters["wide"])
     model = tiny.peft_model(adapters["wide"])
@@ -79,7 +80,7 @@ def test_an_adapter_in_memory_and_a_name_are_taken(tiny: Any, adapters: Adapters
 
 
 def test_check_compiled_refuses_warns_or_says_nothing(tiny: Any, adapters: Adapters) -> None:
-    def compiled() -> torch.nn.Module:
+    def compiled() -> Any:
         return torch.compile(tiny.peft_model(adapters["wide"]))
 
     with pytest.raises(AlreadyCompiled):

@@ -11,6 +11,7 @@ import fsspec
 import huggingface_hub.constants
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from hotswap_lib import (
@@ -19,7 +20,10 @@ from hotswap_lib import (
     AdapterFormatRefused,
     AdapterNameInvalid,
     AdapterNotFound,
+    AdapterRefused,
+    Slot,
     load_adapter,
+    pack,
 )
 
 COMMIT = "c" * 40
@@ -70,11 +74,14 @@ def test_an_fsspec_uri_is_read_each_file_once(
     memory = fsspec.filesystem("memory")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         memory.pipe_file(f"/bucket/wide/{file}", (adapters["wide"] / file).read_bytes())
-    reads = []
+    reads: list[str] = []
     cat_file = type(memory).cat_file
-    monkeypatch.setattr(
-        type(memory), "cat_file", lambda self, path: reads.append(path) or cat_file(self, path)
-    )
+
+    def counted(filesystem: Any, path: str) -> Any:
+        reads.append(path)
+        return cat_file(filesystem, path)
+
+    monkeypatch.setattr(type(memory), "cat_file", counted)
     adapter = load_adapter("memory://bucket/wide")
     assert adapter.revision == load_adapter(adapters["wide"]).revision
     assert len(reads) == 2
@@ -118,7 +125,7 @@ def test_a_push_between_two_reads_does_not_mix_two_commits(
     download = huggingface_hub.hf_hub_download
 
     def download_then_push(*args: Any, **kwargs: Any) -> str:
-        path = download(*args, **kwargs)
+        path: str = download(*args, **kwargs)
         (repository / "refs" / "main").write_text("d" * 40)
         return path
 
@@ -151,8 +158,8 @@ def _remove(file: str) -> Callable[[Path], None]:
     return lambda folder: (folder / file).unlink()
 
 
-def _write(file: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / file).write_bytes(content) and None
+def _write(file: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / file).write_bytes(content)
 
 
 def _truncate(folder: Path) -> None:
@@ -172,7 +179,11 @@ def _pickle_instead(folder: Path) -> None:
         (_remove("adapter_config.json"), AdapterConfigInvalid, "adapter_config_invalid"),
         (_write("adapter_config.json", b"{nope"), AdapterConfigInvalid, "adapter_config_invalid"),
         (_write("adapter_config.json", b"[]"), AdapterConfigInvalid, "adapter_config_invalid"),
-        (_write("adapter_config.json", b"\xff\xfe"), AdapterConfigInvalid, "adapter_config_invalid"),
+        (
+            _write("adapter_config.json", b"\xff\xfe"),
+            AdapterConfigInvalid,
+            "adapter_config_invalid",
+        ),
         (_remove("adapter_model.safetensors"), AdapterNotFound, "adapter_not_found"),
         (_truncate, AdapterFormatRefused, "adapter_format"),
         (_write("adapter_model.safetensors", b""), AdapterFormatRefused, "adapter_format"),
@@ -181,7 +192,10 @@ def _pickle_instead(folder: Path) -> None:
     ],
 )
 def test_a_damaged_directory_is_refused_with_a_stable_code(
-    edit: Callable[..., Path], damage: Callable[[Path], None], error: type, code: str
+    edit: Callable[..., Path],
+    damage: Callable[[Path], object],
+    error: type[AdapterRefused],
+    code: str,
 ) -> None:
     folder = edit("wide")
     damage(folder)
@@ -228,6 +242,15 @@ def test_an_adapter_that_the_model_does_not_have_is_not_found(
 ) -> None:
     with pytest.raises(AdapterNotFound, match="default"):
         Adapter.from_peft_model(tiny.peft_model(adapters["wide"]), "other")
+
+
+def test_a_config_as_peft_holds_it_in_memory_is_taken(slot: Slot, adapters: Adapters) -> None:
+    on_disk = load_adapter(adapters["attention"])
+    config = LoraConfig.from_pretrained(str(adapters["attention"])).to_dict()
+    assert isinstance(config["target_modules"], set)
+    adapter = Adapter(name="attention", config=config, tensors=on_disk.tensors)
+    assert adapter.revision == on_disk.revision
+    pack(adapter, slot.layout).check()
 
 
 def test_an_adapter_in_memory_pickles(adapters: Adapters) -> None:

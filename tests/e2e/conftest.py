@@ -1,0 +1,85 @@
+"""One Ray cluster for the whole session, one application for each module that asks for it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray import serve
+
+from serve_app.app import build
+
+from .fleet import Fleet
+from .tiny_world import TinyWorld, make_world
+
+REPLICAS = 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[int]:
+    """A real Ray cluster with Serve on a free port; yields the HTTP port."""
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+    os.environ["PYTHONWARNINGS"] = "default"  # warnings are errors here, not in ray's own workers
+    ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield port
+    serve.shutdown()
+    ray.shutdown()
+
+
+@contextmanager
+def deployed(port: int, world: TinyWorld, *, app: str, **settings: Any) -> Iterator[Fleet]:
+    """The application with these settings, gone afterwards."""
+    given: dict[str, Any] = {
+        "model": str(world.model),
+        "served_model_name": "tiny",
+        "replicas": REPLICAS,
+        "num_cpus": 0.5,
+        "max_rank": 8,
+        "compile": False,
+        "torch_threads": 1,
+        "poll_s": 1.0,
+        "max_model_len": 4096,
+    } | settings
+    serve.run(build(given), name=app, route_prefix=f"/{app}")
+    try:
+        fleet = Fleet(url=f"http://127.0.0.1:{port}/{app}", app=app, world=world)
+        fleet.settle(replicas=given["replicas"])
+        with fleet.client:
+            yield fleet
+    finally:
+        serve.delete(app)
+
+
+@pytest.fixture(scope="module")
+def fleet(cluster: int, world: TinyWorld, request: pytest.FixtureRequest) -> Iterator[Fleet]:
+    """Two replicas on `alpha`."""
+    app = request.module.__name__.rsplit("_", 1)[-1]
+    with deployed(cluster, world, app=app, adapter=str(world.adapter("alpha"))) as running:
+        yield running

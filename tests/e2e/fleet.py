@@ -1,0 +1,157 @@
+"""A running application as the tests see it: its client, its clients, its processes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import psutil
+
+from serve_app.client import HotswapClient
+from serve_app.views import FleetView, ReplicaView
+
+from .tiny_world import TinyWorld
+
+
+def eventually(check: Callable[[], Any], *, within_s: float = 60, what: str = "it") -> Any:
+    """The first truthy value of `check`; fails after `within_s` seconds."""
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            if value := check():
+                return value
+        except Exception as error:
+            last: object = error
+        else:
+            last = value
+        assert time.monotonic() < deadline, f"{what} did not happen in {within_s} s: {last}"
+        time.sleep(0.05)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    revision: str
+    replica: str
+    prompt_ids: list[int]
+    token_ids: list[int]
+    max_tokens: int
+
+
+@dataclass(slots=True)
+class Fleet:
+    """One deployed application."""
+
+    url: str
+    app: str
+    world: TinyWorld
+    client: HotswapClient = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = HotswapClient(self.url)
+
+    def ask(self, text: str, *, max_tokens: int = 8) -> Answer:
+        """One greedy chat; raises for anything but 200."""
+        body = {
+            "messages": [{"role": "user", "content": text}],
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "return_token_ids": True,
+        }
+        response = httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=120)
+        response.raise_for_status()
+        document = response.json()
+        assert response.headers["x-adapter-revision"] == document["system_fingerprint"]
+        return Answer(
+            revision=document["system_fingerprint"],
+            replica=response.headers["x-replica-id"],
+            prompt_ids=document["prompt_token_ids"],
+            token_ids=document["choices"][0]["token_ids"],
+            max_tokens=max_tokens,
+        )
+
+    def is_exact(self, answer: Answer) -> bool:
+        want = self.world.expected(answer.revision, answer.prompt_ids, answer.max_tokens)
+        return answer.token_ids == want
+
+    def roll(self, name: str, *, strategy: str = "rolling") -> str:
+        """Move the fleet to an adapter and wait; returns its revision."""
+        rollout = self.client.start(
+            adapter=str(self.world.adapter(name)),
+            strategy=strategy,  # type: ignore[arg-type]
+        )
+        ended = self.client.wait(rollout.id, timeout_s=60)
+        assert ended.state == "succeeded", ended
+        return ended.target
+
+    def settle(self, *, replicas: int) -> FleetView:
+        """The fleet once so many replicas serve what they are assigned."""
+
+        def settled() -> FleetView | None:
+            fleet = self.client.fleet()
+            good = [r for r in fleet.replicas if r.serving and r.revision == r.assigned]
+            return fleet if len(good) == replicas == len(fleet.replicas) else None
+
+        found: FleetView = eventually(settled, within_s=120, what=f"{replicas} serving replicas")
+        return found
+
+    def replica(self, pid: int) -> ReplicaView | None:
+        return next((r for r in self.client.fleet().replicas if r.pid == pid), None)
+
+    def process(self, deployment: str) -> psutil.Process:
+        """The worker process of a one-replica deployment, found by the title Ray gives it."""
+        title = f"ServeReplica:{self.app}:{deployment}"
+        found = [p for p in psutil.process_iter() if title in " ".join(_cmdline(p))]
+        assert len(found) == 1, found
+        return found[0]
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+class Load:
+    """Steady clients. Use as a context; afterwards `answers` and `failures` tell what they got."""
+
+    def __init__(self, fleet: Fleet, *, clients: int = 4, max_tokens: int = 8) -> None:
+        self.answers: list[Answer] = []
+        self.failures: list[BaseException] = []
+        self._fleet = fleet
+        self._max_tokens = max_tokens
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(i,)) for i in range(clients)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=120)
+
+    def wait_for(self, more: int) -> None:
+        """Until so many more answers have come."""
+        goal = len(self.answers) + more
+        eventually(lambda: len(self.answers) >= goal, what=f"{more} more answers")
+
+    def mismatched(self) -> list[Answer]:
+        return [answer for answer in self.answers if not self._fleet.is_exact(answer)]
+
+    def _run(self, number: int) -> None:
+        asked = 0
+        while not self._stop.is_set():
+            asked += 1
+            try:
+                question = f"question {(number + asked) % 5}"
+                self.answers.append(self._fleet.ask(question, max_tokens=self._max_tokens))
+            except Exception as error:
+                self.failures.append(error)
+                self._stop.wait(0.05)
