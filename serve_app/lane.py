@@ -25,6 +25,7 @@ from .views import SwapView
 
 logger = logging.getLogger("ray.serve")
 _RETRY_S = 0.2
+_GOODBYE_S = 1.0
 
 
 class ControllerCalls(Protocol):
@@ -58,7 +59,7 @@ class Lane:
         await asyncio.wait([self._loop])
         await self._stop_work()
         try:
-            await self._controller.leave(self._replica)
+            await asyncio.wait_for(self._controller.leave(self._replica), _GOODBYE_S)
         except Exception as error:  # it may be gone before us; then it notices our silence
             logger.info(f"left without a word ({_sentence(error)})")
 

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +36,40 @@ def free_port() -> int:
         return port
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """`port`: Serve's HTTP port. `dashboard`: where `serve deploy` sends its config."""
+
+    port: int
+    dashboard: str
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[int]:
-    """A real Ray cluster with Serve on a free port; yields the HTTP port."""
+def cluster() -> Iterator[Cluster]:
+    """A real Ray cluster with Serve, on free ports."""
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
     os.environ["PYTHONWARNINGS"] = "default"  # warnings are errors here, not in ray's own workers
-    ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    context = ray.init(
+        num_cpus=16,
+        include_dashboard=True,  # `serve deploy` talks to it
+        dashboard_port=free_port(),
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield port
+    yield Cluster(port=port, dashboard=f"http://{context.dashboard_url}")
     serve.shutdown()
     ray.shutdown()
 
 
 @contextmanager
-def deployed(port: int, world: TinyWorld, *, app: str, **settings: Any) -> Iterator[Fleet]:
+def deployed(cluster: Cluster, world: TinyWorld, *, app: str, **settings: Any) -> Iterator[Fleet]:
     """The application with these settings, gone afterwards."""
     given: dict[str, Any] = {
         "model": str(world.model),
@@ -69,7 +84,7 @@ def deployed(port: int, world: TinyWorld, *, app: str, **settings: Any) -> Itera
     } | settings
     serve.run(build(given), name=app, route_prefix=f"/{app}")
     try:
-        fleet = Fleet(url=f"http://127.0.0.1:{port}/{app}", app=app, world=world)
+        fleet = Fleet(url=f"http://127.0.0.1:{cluster.port}/{app}", app=app, world=world)
         fleet.settle(replicas=given["replicas"])
         with fleet.client:
             yield fleet
@@ -78,7 +93,7 @@ def deployed(port: int, world: TinyWorld, *, app: str, **settings: Any) -> Itera
 
 
 @pytest.fixture(scope="module")
-def fleet(cluster: int, world: TinyWorld, request: pytest.FixtureRequest) -> Iterator[Fleet]:
+def fleet(cluster: Cluster, world: TinyWorld, request: pytest.FixtureRequest) -> Iterator[Fleet]:
     """Two replicas on `alpha`."""
     app = request.module.__name__.rsplit("_", 1)[-1]
     with deployed(cluster, world, app=app, adapter=str(world.adapter("alpha"))) as running:

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from .conftest import deployed
+from .conftest import Cluster, deployed
 from .fleet import Fleet, Load, eventually
 from .tiny_world import TinyWorld
 
 
 @pytest.fixture(scope="module")
-def fleet(cluster: int, world: TinyWorld) -> Iterator[Fleet]:
+def fleet(cluster: Cluster, world: TinyWorld) -> Iterator[Fleet]:
     """Two replicas that are full with four requests each."""
     with deployed(
         cluster, world, app="faults", adapter=str(world.adapter("alpha")), max_ongoing_requests=4

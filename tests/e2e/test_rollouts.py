@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 from ray import serve
 
 from hotswap_lib import AdapterRefused
@@ -125,6 +126,7 @@ def test_the_script_of_the_readme_runs(fleet: Fleet) -> None:
     script = ROOT / "examples" / "handles.py"
     assert script.read_text() in (ROOT / "README.md").read_text()
     environment = os.environ | {
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
         "HOTSWAP_APP": fleet.app,
         "HOTSWAP_ADAPTER": str(fleet.world.adapter("beta")),
     }

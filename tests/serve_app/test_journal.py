@@ -65,7 +65,7 @@ def entry(stable: str = "old") -> Entry:
     return Entry(fleet=Fleet(stable=stable), declared=None, sources={})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     fleet=fleets,
     declared=st.none() | st.text(),

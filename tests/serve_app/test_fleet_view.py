@@ -1,0 +1,133 @@
+"""What the admin surface shows of the machine's state."""
+
+from __future__ import annotations
+
+from hotswap_lib import Revision
+from serve_app.fleet_view import fleet_view, rollout_view
+from serve_app.messages import Report, key
+from serve_app.rollout.plan import Plan
+from serve_app.rollout.state import Failure, Fleet, Observed, Progress, Rollout, State
+from serve_app.views import FleetView, SwapView
+
+OLD, NEW = Revision("old", "1" * 64), Revision("new", "2" * 64)
+RUNNING = Rollout(
+    id="rollout-1",
+    plan=Plan(adapter="/adapters/new", max_unavailable=2),
+    target=key(NEW),
+    previous=key(OLD),
+    state=State.PROGRESSING,
+    created_at=100.0,
+)
+FLEET = Fleet(
+    stable=key(OLD),
+    epoch=2,
+    generation=9,
+    assigned={"r1": key(NEW), "r2": key(OLD)},
+    rollout=RUNNING,
+    history=(key(OLD),),
+    observed={
+        "r2": Observed(holds=key(OLD), staged=key(NEW), serving=True, seen_at=99.0),
+        "r1": Observed(holds=key(NEW), serving=True, seen_at=98.5),
+    },
+)
+SWAP = SwapView(revision=str(NEW), commit_us=42.0, copies=1, image_bytes=1024)
+
+
+def report(replica: str) -> Report:
+    return Report(
+        replica=replica,
+        layout="f" * 64,
+        acting_on=None,
+        holds=NEW,
+        staged=OLD,
+        serving=True,
+        failure=Failure(revision=key(NEW), reason="no luck", generation=9),
+        running=3,
+        recompiles=1,
+        limit_hits=2,
+        last_swap=SWAP,
+        pid=77,
+        node="node-1",
+    )
+
+
+def view(fleet: Fleet = FLEET, reports: dict[str, Report] | None = None) -> FleetView:
+    return fleet_view(fleet, reports or {}, journal_uri="/j", warnings=["careful"], at=100.0)
+
+
+def test_a_running_rollout_is_shown_with_how_far_it_is_and_without_an_end() -> None:
+    shown = rollout_view(FLEET, RUNNING)
+    assert (shown.target, shown.previous, shown.source) == (str(NEW), str(OLD), "/adapters/new")
+    assert (shown.total, shown.staged, shown.committed) == (2, 2, 1)
+    assert (shown.state, shown.strategy, shown.max_unavailable) == ("progressing", "rolling", 2)
+    assert (shown.ended, shown.converge_ms) == (False, None)
+
+
+def test_a_rollout_that_ended_shows_what_it_reached_then_and_how_long_it_took() -> None:
+    ended = Rollout(
+        id="rollout-0",
+        plan=Plan(adapter="a"),
+        target=key(NEW),
+        previous=key(OLD),
+        state=State.ABORTED,
+        reason="no luck",
+        created_at=100.0,
+        ended_at=101.2345,
+        progress=Progress(total=4, staged=3, committed=2),
+    )
+    shown = rollout_view(FLEET, ended)
+    assert (shown.total, shown.staged, shown.committed) == (4, 3, 2)
+    assert (shown.reason, shown.converge_ms) == ("no luck", 1234.5)
+
+
+def test_the_fleet_shows_short_revisions_and_replicas_in_name_order() -> None:
+    shown = view()
+    assert (shown.stable, shown.history, shown.epoch, shown.generation) == (
+        "old@11111111",
+        ["old@11111111"],
+        2,
+        9,
+    )
+    assert [(r.id, r.assigned) for r in shown.replicas] == [("r1", str(NEW)), ("r2", str(OLD))]
+    assert (shown.journal_uri, shown.warnings) == ("/j", ["careful"])
+
+
+def test_a_replica_that_was_not_heard_of_since_a_restart_shows_nothing_but_its_assignment() -> None:
+    shown = view().replicas[0]
+    assert (shown.revision, shown.serving, shown.pid) == (None, False, None)
+    assert shown.last_seen_s == 1.5
+
+
+def test_a_replica_shows_what_its_last_report_said() -> None:
+    shown = view(reports={"r1": report("r1")}).replicas[0]
+    assert (shown.revision, shown.staged, shown.serving) == (str(NEW), str(OLD), True)
+    assert (shown.running, shown.recompiles, shown.limit_hits) == (3, 1, 2)
+    assert (shown.failure, shown.last_swap) == ("no luck", SWAP)
+    assert (shown.pid, shown.node) == (77, "node-1")
+
+
+def test_a_rollout_that_ended_is_no_longer_the_fleets() -> None:
+    ended = Fleet(
+        stable=key(NEW),
+        rollout=Rollout(
+            id="rollout-1",
+            plan=Plan(adapter="a"),
+            target=key(NEW),
+            previous=key(OLD),
+            state=State.SUCCEEDED,
+            ended_at=1.0,
+            progress=Progress(total=1, staged=1, committed=1),
+        ),
+    )
+    assert view(ended).rollout is None
+
+
+def test_a_fleet_in_which_nobody_serves_is_not_ready() -> None:
+    assert view().ready
+    assert not view(Fleet(stable=key(OLD))).ready
+    assert not view(Fleet(stable=key(OLD), observed={"r1": Observed()})).ready
+
+
+def test_the_view_is_json_that_reads_back() -> None:
+    shown = view(reports={"r1": report("r1")})
+    assert FleetView.model_validate_json(shown.model_dump_json()) == shown
