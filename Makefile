@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check serve bench adapters clean
+.PHONY: demo test check serve bench gpu adapters clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo
@@ -25,6 +25,13 @@ serve: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.swap
+	$(BIN)/python -m benchmarks.lane
+
+# on a machine with a GPU: its tests, then its figures, kept with card, versions and date
+gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu -rs
+	mkdir -p benchmarks/results
+	$(BIN)/python -m benchmarks.swap --json benchmarks/results/swap-gpu.json
 
 adapters: $(READY)
 	$(BIN)/python examples/train_adapters.py
