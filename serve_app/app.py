@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
@@ -86,4 +87,7 @@ def _gateway(settings: Settings) -> FastAPI:
 def _gpus(settings: Settings) -> float:
     if settings.num_gpus is not None:
         return settings.num_gpus
-    return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0 else 0.0
+    # `serve run` asks before it has connected to Ray: then this machine's word counts
+    if ray.is_initialized():
+        return 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
+    return 1.0 if torch.cuda.is_available() else 0.0

@@ -96,7 +96,7 @@ class Settings(BaseModel):
     @property
     def silence_s(self) -> float:
         """After this many seconds without a report a replica counts as gone."""
-        return 3 * self.poll_s
+        return max(3 * self.poll_s, 5.0)  # a busy node stalls a replica for a second or two
 
     @property
     def model_name(self) -> str:
