@@ -25,6 +25,7 @@ serve: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.swap
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.lane
 
 # on a machine with a GPU: its tests, then its figures, kept with card, versions and date

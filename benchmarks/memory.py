@@ -1,0 +1,114 @@
+"""How much memory a swap takes beyond the fleet at rest, in images.
+
+`python -m benchmarks.memory [--json PATH] [--swaps 40]`
+
+One process does the controller's part (load and pack) and then a replica's (stage and commit),
+while a thread samples its unique set size. At rest it holds the slot, the live and the previous
+image. The bar: at most two images more at any moment, and nothing left after many swaps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.swap import MAX_RANK, build_base, save_adapters
+from hotswap_lib import Envelope, Slot, pack, prepare
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--swaps", type=int, default=40)
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+    # large blocks go back to the system when they are freed, so that what is counted is in use
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    base = build_base("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = save_adapters(base, Path(folder))
+        slot = prepare(base, envelope=Envelope(max_rank=MAX_RANK))
+        for path in paths * 2:
+            slot.commit(slot.stage(pack(path, slot.layout)))
+        result = _measure(slot, paths, swaps=asked.swaps)
+    _show(result)
+    if asked.json:
+        asked.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _measure(slot: Slot, paths: list[Path], *, swaps: int) -> dict[str, float]:
+    image_bytes = slot.layout.nbytes
+    biggest = paths[-1]  # at the envelope's own rank, so nothing of it is padding
+    rest = _uss_at_rest()
+    with _peak() as controller:
+        image = pack(biggest, slot.layout)
+    received = _uss_at_rest()  # in a fleet this one is in shared memory, once for a whole node
+    with _peak() as replica:
+        slot.commit(slot.stage(image))
+    del image
+    for turn in range(swaps - swaps % len(paths)):  # ends on the adapters that it began with
+        slot.commit(slot.stage(pack(paths[turn % len(paths)], slot.layout)))
+    return {
+        "image_mb": image_bytes / 1e6,
+        "swaps": swaps,
+        "controller_peak_images": (max(controller) - rest) / image_bytes,
+        "replica_peak_images": (max(replica) - received) / image_bytes,
+        "left_after_all_swaps_images": (_uss_at_rest() - rest) / image_bytes,
+    }
+
+
+@contextmanager
+def _peak() -> Iterator[list[int]]:
+    samples = [_uss()]
+    stop = threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(0.001):
+            samples.append(_uss())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _uss_at_rest() -> int:
+    """After returning to the system what was freed: earlier work must not pay for later work."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _uss()
+
+
+def _uss() -> int:
+    return int(psutil.Process().memory_full_info().uss)
+
+
+def _show(result: dict[str, float]) -> None:
+    table = Table("memory beyond rest", "images", title=f"{result['image_mb']:.0f} MB image, CPU")
+    table.add_row("controller: load and pack", f"{result['controller_peak_images']:.2f}")
+    table.add_row("replica: stage and commit", f"{result['replica_peak_images']:.2f}")
+    table.add_row(
+        f"left after {result['swaps']:g} swaps", f"{result['left_after_all_swaps_images']:.2f}"
+    )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
