@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -35,7 +36,7 @@ from examples.demo_reference import (
     summary,
 )
 from serve_app import embedded
-from serve_app.client import HotswapClient, RequestRefused, ServerUnreachable
+from serve_app.client import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
 from serve_app.screen import rollout_line
 from serve_app.views import FleetView
 
@@ -44,11 +45,13 @@ APP = "serve_app.app:build"
 PORT = 8000  # the only one that `serve run` takes without a config file
 REPLICAS = 2
 FIRST, SECOND, THIRD = "pirate", "terse_json", "shakespeare"
-ANSWERS_PER_REPLICA = 4  # under each revision, before the next swap
+ANSWERS_PER_REPLICA = 3  # under each revision, before the next swap
 START_S, PHASE_S = 480.0, 180.0
-PATIENCE_S = {signal.SIGINT: 45, signal.SIGTERM: 10, signal.SIGKILL: 10}
+PATIENCE_S: Mapping[int, float] = {signal.SIGINT: 45, signal.SIGTERM: 10, signal.SIGKILL: 10}
 STOPPERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TAIL_LINES = 40
+# What Serve logs when it has given up. With a config file `serve run` itself does not end then.
+GAVE_UP = ("Deploying app 'default' failed", "The deployment failed to start")
 
 
 class DemoFailed(Exception):
@@ -58,24 +61,28 @@ class DemoFailed(Exception):
 class Server:
     """`serve run` in a session and a Ray cluster of its own, with all that it starts."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, patience_s: Mapping[int, float] = PATIENCE_S) -> None:
         self.url = f"http://127.0.0.1:{port}"
         # in /tmp, because Ray keeps sockets in here, and their names may not be long
         self.folder = Path(tempfile.mkdtemp(prefix="hotswap-", dir="/tmp"))
         self.log = self.folder / "serve.log"
-        self._port = port
+        self._port, self._patience_s = port, patience_s
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> str:
         """Returns the command as one would type it."""
+        # "local" is a new cluster, also where another one runs
+        arguments = ["run", "--address", "local", *self._app()]
+        self.launch([str(Path(sys.executable).with_name("serve")), *arguments])
+        return " ".join(["serve", *arguments])
+
+    def launch(self, command: list[str]) -> None:
+        # In a folder of its own, the cluster is not the one that other programs find by default.
         env = os.environ | {"RAY_TMPDIR": str(self.folder), "PYTHONUNBUFFERED": "1"}
         env.pop("RAY_ADDRESS", None)
-        # "local" is a new cluster, also where another one runs; with a RAY_TMPDIR of its own, it
-        # does not become the one that this user's other programs find.
-        command = ["serve", "run", "--address", "local", *self._app()]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [str(Path(sys.executable).with_name("serve")), *command[1:]],
+                command,
                 cwd=ROOT,
                 env=env,
                 stdin=subprocess.DEVNULL,
@@ -83,32 +90,39 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the demo, which then stops this in order
             )
-        return " ".join(command)
 
     def check(self) -> None:
         """Raises `DemoFailed` when there is nothing to wait for any more."""
         assert self._process is not None
         if self._process.poll() is not None:
             raise DemoFailed("`serve run` has ended")
-        if "DEPLOY_FAILED" in self.log.read_text(errors="replace"):
+        log = self.log.read_text(errors="replace")
+        if any(words in log for words in GAVE_UP):
             raise DemoFailed("Ray Serve could not deploy the application")
 
     def stop(self) -> None:
         """Ask, then insist, until nothing of it is left. Raises `DemoFailed` if something is."""
         if self._process is None:
             return
-        for signum, patience_s in PATIENCE_S.items():
+        for signum, patience_s in self._patience_s.items():
             # a Ctrl-C is for `serve run` alone: it then ends its replicas, and Ray, in order
-            pids = [self._process.pid] if signum is signal.SIGINT else self.alive()
+            pids = [self._process.pid] if signum == signal.SIGINT else self.alive()
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signum)
             deadline = time.monotonic() + patience_s
-            while self.alive() and time.monotonic() < deadline:
+            while left := self.alive():
+                if time.monotonic() > deadline:
+                    break
                 time.sleep(0.1)
-        if left := self.alive():
-            raise DemoFailed(f"these processes do not end: {left}")
-        self._process = None
+            else:
+                self._process = None
+                return
+        raise DemoFailed(f"these processes do not end: {left}")
+
+    def forget(self) -> None:
+        """Remove log and configuration; nobody needs them after a run without trouble."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
@@ -194,11 +208,12 @@ def dwell(client: HotswapClient, screen: Screen, load: Load, *, seconds: float) 
 
 def swap(client: HotswapClient, screen: Screen, load: Load, story: Story, to: str | None) -> None:
     """One rollout to its end; `None` is undo. Raises `DemoFailed` when it is not promoted."""
+    at = "" if client.base_url == DEFAULT_URL else f" --url {client.base_url}"
     if to is None:
-        screen.say("$ hotswap undo --watch")
+        screen.say(f"$ hotswap{at} undo --watch")
         begun = client.undo()
     else:
-        screen.say(f"$ hotswap rollout start --adapter serve_app/adapters/{to} --watch")
+        screen.say(f"$ hotswap{at} rollout start --adapter serve_app/adapters/{to} --watch")
         begun = client.start(adapter=str(embedded.ADAPTERS / to))
     for rollout, fleet in client.watch(begun.id):
         screen.show(fleet, rollout, load)
@@ -255,7 +270,7 @@ def _stop_now(signum: int, _frame: FrameType | None) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
-    parser.add_argument("--seconds-per-phase", type=float, default=15.0, metavar="S")
+    parser.add_argument("--seconds-per-phase", type=float, default=12.0, metavar="S")
     parser.add_argument("--clients", type=int, default=4, metavar="N")
     parser.add_argument("--port", type=int, help=f"default: {PORT}, or any when it is taken")
     parser.add_argument("--json-only", action="store_true", help="print the last line alone")
@@ -277,11 +292,16 @@ def run(options: argparse.Namespace, server: Server, screen: Screen) -> Story:
         print(server.tail(), f"error: {error}", f"log: {server.log}", sep="\n", file=sys.stderr)
     except SystemExit:
         screen.close()
-        print("stopping what was started", file=sys.stderr)
+        print("stopping everything that was started ...", file=sys.stderr, flush=True)
+        server.stop()
+        server.forget()
+        print("stopped; nothing of it is left", file=sys.stderr)
         raise
     finally:
         screen.close()
         server.stop()
+    if story.error is None:
+        server.forget()
     return story
 
 
@@ -297,8 +317,6 @@ def main() -> int:
     with open(os.devnull, "w") as nowhere:
         screen = Screen(Console(file=nowhere if options.json_only else None))
         story = run(options, server, screen)
-    if story.error is None:
-        shutil.rmtree(server.folder, ignore_errors=True)
     print(json.dumps(summary(story)))
     return 0 if story.ok else 1
 

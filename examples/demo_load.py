@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import httpx
@@ -25,13 +26,11 @@ from serve_app.screen import fleet_screen, revision_style, rollout_line
 from serve_app.views import FleetView, RolloutView
 
 # For each of these the reference is sure of every token under every adapter: its best one leads by
-# 0.06 logits or more, a thousand times what another batch shape changes in float32.
+# 0.13 logits or more, a thousand times what another batch shape changes in float32.
 QUESTIONS = (
     "What is the capital of France?",
-    "What color is the sky?",
     "What should I eat for breakfast?",
     "What is water made of?",
-    "What is the largest planet?",
     "What is the sun?",
     "Where do polar bears live?",
 )
@@ -63,33 +62,32 @@ class Answer:
     ended_at: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """One request on its way."""
-
-    question: str
-    streamed: bool
-    began_at: float
-
-    def answered(self, headers: Mapping[str, str], documents: Documents) -> Answer:
-        """The answer in a document, or in a stream's chunks. Raises `IncompleteAnswer`."""
-        choices = [choice for each in documents for choice in each.get("choices") or ()]
-        if not choices or not choices[-1].get("finish_reason"):
-            raise IncompleteAnswer("the answer has no end")
-        prompt_ids = documents[0].get("prompt_token_ids")
-        said = [choice.get("delta") or choice.get("message") or {} for choice in choices]
-        return Answer(
-            question=self.question,
-            revision=headers.get("x-adapter-revision", ""),
-            named=frozenset(str(each.get("system_fingerprint")) for each in documents),
-            replica=headers.get("x-replica-id", ""),
-            prompt_ids=None if prompt_ids is None else tuple(prompt_ids),
-            token_ids=tuple(id for choice in choices for id in choice.get("token_ids") or ()),
-            text="".join(part.get("content") or "" for part in said),
-            streamed=self.streamed,
-            began_at=self.began_at,
-            ended_at=time.time(),
-        )
+def read_answer(
+    question: str,
+    headers: Mapping[str, str],
+    documents: Documents,
+    *,
+    streamed: bool,
+    began_at: float,
+) -> Answer:
+    """The answer in one document, or in a stream's chunks. Raises `IncompleteAnswer`."""
+    choices = [choice for each in documents for choice in each.get("choices") or ()]
+    if not choices or not choices[-1].get("finish_reason"):
+        raise IncompleteAnswer("the answer has no end")
+    prompt_ids = documents[0].get("prompt_token_ids")
+    said = [choice.get("delta") or choice.get("message") or {} for choice in choices]
+    return Answer(
+        question=question,
+        revision=headers.get("x-adapter-revision", ""),
+        named=frozenset(str(each.get("system_fingerprint")) for each in documents),
+        replica=headers.get("x-replica-id", ""),
+        prompt_ids=None if prompt_ids is None else tuple(prompt_ids),
+        token_ids=tuple(id for choice in choices for id in choice.get("token_ids") or ()),
+        text="".join(part.get("content") or "" for part in said),
+        streamed=streamed,
+        began_at=began_at,
+        ended_at=time.time(),
+    )
 
 
 class Client:
@@ -101,12 +99,16 @@ class Client:
         self._openai = openai.OpenAI(
             base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=REQUEST_TIMEOUT_S
         )
-        self._model = self._openai.models.list().data[0].id
+
+    @cached_property
+    def _model(self) -> str:
+        return self._openai.models.list().data[0].id
 
     def ask(self, question: str, *, stream: bool) -> Answer:
         """Raises `IncompleteAnswer`, and httpx's and OpenAI's errors."""
-        asked = Asked(question=question, streamed=stream, began_at=time.time())
-        return asked.answered(*(self._stream(question) if stream else self._whole(question)))
+        began_at = time.time()
+        headers, documents = self._stream(question) if stream else self._whole(question)
+        return read_answer(question, headers, documents, streamed=stream, began_at=began_at)
 
     def close(self) -> None:
         self._http.close()

@@ -8,6 +8,7 @@ chance: it is the same tokens, on the revision that it names, or it is a mismatc
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,15 +37,17 @@ class Expected:
 
 
 References = Mapping[tuple[str, str], Expected]
-"""(revision, question) → what to expect. Every question under every known revision."""
+"""(revision, question) → what to expect; every question under each adapter."""
 
 
 def references(base: Path, adapters: Sequence[Path]) -> Iterator[tuple[tuple[str, str], Expected]]:
-    """The base model's answers, then those under each adapter, one by one.
+    """The base model's answer to the first question, then each adapter's to all, one by one.
 
-    Heavy imports, weights and threads come only with the first one: start this when the server
-    has given cores and memory back.
+    Imports and weights come only with the first one: start this when the server has given cores
+    and memory back.
     """
+    # said inside transformers and peft about each other
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,6 +56,9 @@ def references(base: Path, adapters: Sequence[Path]) -> Iterator[tuple[tuple[str
     from hotswap_lib import BASE, load_adapter
 
     logging.disable_progress_bar()
+    # Two threads are hardly faster on steps this small, and ten times slower where other programs
+    # want the cores too, because each waits at every step for the other to be scheduled.
+    torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(base)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for adapter in (None, *adapters):
@@ -62,7 +68,7 @@ def references(base: Path, adapters: Sequence[Path]) -> Iterator[tuple[tuple[str
             revision = load_adapter(adapter).revision
             model = PeftModel.from_pretrained(model, str(adapter))
         model.eval().to(device)
-        for question in QUESTIONS:
+        for question in QUESTIONS if adapter else QUESTIONS[:1]:
             yield (str(revision), question), _expected(model, tokenizer, question)
 
 
@@ -202,12 +208,10 @@ def answers_table(story: Story, expected: References, question: str = QUESTIONS[
             for each in story.answers
             if (each.revision, each.question) == (revision, question)
         }
-        name = Text(revision, style=revision_style(revision))
-        if said:
-            table.add_row(name, Text("\n".join(sorted(said))))
-        else:  # the base model was never served; shown to see what the adapters change
-            text = Text(expected[revision, question].text, style="dim")
-            table.add_row(name, text.append("  (reference, not served)"))
+        # the base model was never served; it shows what the adapters change
+        text = "\n".join(sorted(said)) or expected[revision, question].text
+        style = revision_style(revision) if said else "dim"
+        table.add_row(Text(revision, style=style), Text(text, style="" if said else "dim"))
     return table
 
 

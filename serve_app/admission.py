@@ -66,7 +66,8 @@ class Admission:
         self.close()
         try:
             try:
-                await asyncio.wait_for(self._empty.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._empty.wait()
             except TimeoutError:
                 raise DrainTimeout(self.running, timeout_s) from None
             yield

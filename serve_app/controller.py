@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import ray
@@ -76,6 +77,7 @@ class Controller:
         self._shelf = ImageShelf(self._store, put=put)
         self._lines: dict[str, _Line] = {}
         self._lock = asyncio.Lock()
+        self._deciding: set[asyncio.Task[None]] = set()
         self._sources: dict[str, str] = {}
         self._fleet = Fleet(stable=key(BASE), history=(key(BASE),))
         self._ticker: asyncio.Task[None] | None = None
@@ -109,6 +111,7 @@ class Controller:
         if (older := self._lines.get(report.replica)) is not None:
             older.changed.set()
         self._lines[report.replica] = line
+        await self._outrank(report)
         await self._feed(
             Reported(
                 replica=report.replica,
@@ -120,13 +123,14 @@ class Controller:
             )
         )
         if not self._has_news(line):
-            try:
-                await asyncio.wait_for(line.changed.wait(), self._settings.poll_s)
-            except TimeoutError:
-                return Answer()
-        if not self._has_news(line):
-            return Answer()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.poll_s):
+                    await line.changed.wait()
         want = desired(self._fleet, report.replica)
+        failed = report.failure is not None and report.failure.revision == want.hold
+        # it holds nothing that it may serve: have it try again, at the pace of its reports
+        if not self._has_news(line) and not failed:
+            return Answer()
         answer = Answer(desired=want)
         for name in {name for name in (want.hold, want.stage) if name is not None}:
             try:
@@ -211,7 +215,21 @@ class Controller:
         assert self._fleet.rollout is not None
         return rollout_view(self._fleet, self._fleet.rollout)
 
+    async def _outrank(self, report: Report) -> None:
+        """Begin a newer epoch when the journal knew less than the replicas: they refuse older ones."""
+        held = report.acting_on
+        if held is not None and held.epoch > self._fleet.epoch:
+            async with self._lock:
+                await self._journal_and_set(replace(self._fleet, epoch=held.epoch + 1))
+
     async def _feed(self, event: Event) -> None:
+        """Advance; also to the end when the caller goes away in the middle of it."""
+        deciding = asyncio.create_task(self._decide(event))
+        self._deciding.add(deciding)
+        deciding.add_done_callback(self._deciding.discard)
+        await asyncio.shield(deciding)
+
+    async def _decide(self, event: Event) -> None:
         """Advance, journal when the intent changed, then ring the replicas that it concerns."""
         async with self._lock:
             before, after = self._fleet, advance(self._fleet, event)
@@ -220,7 +238,9 @@ class Controller:
             else:
                 self._fleet = after
         for name, line in self._lines.items():
-            if self._has_news(line) or (isinstance(event, Left) and name == event.replica):
+            observed = after.observed.get(name)
+            # gone, or sent out and called back before it heard of either: have it say where it is
+            if self._has_news(line) or observed is None or observed.outdated:
                 line.changed.set()
         if isinstance(event, Left):
             self._lines.pop(event.replica, None)

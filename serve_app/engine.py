@@ -201,7 +201,8 @@ class Engine:
     async def _next(self, outputs: asyncio.Queue[GenerationOutput]) -> GenerationOutput:
         while True:
             try:
-                return await asyncio.wait_for(outputs.get(), timeout=1.0)
+                async with asyncio.timeout(1.0):
+                    return await outputs.get()
             except TimeoutError:
                 if not self.alive:
                     raise EngineStopped from None

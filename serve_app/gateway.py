@@ -12,8 +12,9 @@ import secrets
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Response
+from fastapi import APIRouter, Depends, FastAPI, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from ray.serve.handle import DeploymentHandle
 
 from .http_errors import NotAuthorized, install_error_handlers
@@ -23,6 +24,7 @@ from .settings import Settings
 from .views import FleetView, RolloutList, RolloutView
 
 logger = logging.getLogger("ray.serve")
+_BEARER = HTTPBearer(auto_error=False)
 _STREAM = {"x-accel-buffering": "no", "cache-control": "no-cache"}
 
 
@@ -117,10 +119,15 @@ class Gateway:
 
     # ---- inside -----------------------------------------------------------------------------
 
-    async def _authorize(self, authorization: Annotated[str | None, Header()] = None) -> None:
+    async def _authorize(
+        self,
+        given: Annotated[
+            HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))
+        ],
+    ) -> None:
         token = self._settings.admin_token
-        given = (authorization or "").removeprefix("Bearer ")
-        if token is not None and not secrets.compare_digest(given.encode(), token.encode()):
+        word = given.credentials if given else ""
+        if token is not None and not secrets.compare_digest(word.encode(), token.encode()):
             raise NotAuthorized
 
     def _check_model(self, name: str | None) -> None:

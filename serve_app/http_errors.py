@@ -7,8 +7,8 @@ import logging
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from ray.exceptions import RayActorError, RayError
-from ray.serve.exceptions import BackPressureError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
 from hotswap_lib import AdapterRefused, HotswapError
@@ -43,7 +43,8 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    kinds = [RayError, BackPressureError, RequestRefused, RequestValidationError, HTTPException]
+    kinds = [RayError, RequestRefused, RequestValidationError, HTTPException]
+    kinds += [BackPressureError, DeploymentUnavailableError]
     for kind in [*kinds, *(kind for kind, _ in _STATUS)]:
         app.add_exception_handler(kind, _respond)
     app.add_exception_handler(Exception, _respond)
@@ -74,6 +75,9 @@ def describe(error: Exception) -> tuple[int, ErrorDetail]:
             return error.status_code, _detail(code, f"{error.detail}")
         case BackPressureError():
             return 429, _detail("too_many_requests", "the queue is full", kind="rate_limit_error")
+        case ActorUnavailableError() | DeploymentUnavailableError():
+            message = "what should answer this is not there at the moment"
+            return 503, _detail("unavailable", message, kind="server_error")
         case RayActorError():
             message = "the replica that ran this request died"
             return 503, _detail("replica_died", message, kind="server_error")

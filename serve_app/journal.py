@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from .rollout.state import Fleet
 
 _FLEET = TypeAdapter(Fleet)
+_SOURCES = TypeAdapter(dict[str, str])
 _VERSION = 1
 
 
@@ -61,7 +62,7 @@ class Journal:
             return Entry(
                 fleet=_FLEET.validate_python(document["fleet"]),
                 declared=document["declared"],
-                sources=document["sources"],
+                sources=_SOURCES.validate_python(document["sources"]),
             )
         except (ValueError, KeyError, TypeError) as error:
             why = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -10,20 +10,21 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import ray
-from ray.exceptions import ObjectLostError, RayError
+from ray.exceptions import ObjectLostError
 
-from hotswap_lib import AdapterImage, HotswapError, Layout, Staged
+from hotswap_lib import AdapterImage, Layout, Staged
 
-from .admission import DrainTimeout
 from .engine import Engine
 from .messages import Answer, Report, key
 from .rollout.state import Desired, Failure
 from .views import SwapView
 
 logger = logging.getLogger("ray.serve")
+Step = Callable[[str, Answer], Awaitable[None]]
 _RETRY_S = 0.2
 _GOODBYE_S = 1.0
 
@@ -59,7 +60,8 @@ class Lane:
         await asyncio.wait([self._loop])
         await self._stop_work()
         try:
-            await asyncio.wait_for(self._controller.leave(self._replica), _GOODBYE_S)
+            async with asyncio.timeout(_GOODBYE_S):
+                await self._controller.leave(self._replica)
         except Exception as error:  # it may be gone before us; then it notices our silence
             logger.info(f"left without a word ({_sentence(error)})")
 
@@ -126,25 +128,30 @@ class Lane:
     # ---- doing ------------------------------------------------------------------------------
 
     async def _make_so(self, want: Desired, answer: Answer) -> None:
-        name = want.hold
         try:
-            if key(self._engine.slot.revision) != want.hold:
-                await self._commit(await self._stage(name, answer))
-            self._engine.admission.open()
-            if not self.ready.done():
-                self.ready.set_result(None)
-            self._failure = None
+            if await self._did(self._hold, want.hold, want, answer):
+                self._engine.admission.open()
+                self._failure = None
+                if not self.ready.done():
+                    self.ready.set_result(None)
+            # also when nothing can be held: this may be the rollout that brings something
             if want.stage is None or want.stage == want.hold:
                 self._staged = None  # its memory is free from here on
-            else:
-                self._changed.set()
-                name = want.stage
-                self._staged = await self._stage(name, answer)
+                return
+            self._changed.set()
+            await self._did(self._prepare, want.stage, want, answer)
+        finally:
+            self._changed.set()
+
+    async def _did(self, step: Step, name: str, want: Desired, answer: Answer) -> bool:
+        """Whether the step succeeded; if not, why is remembered for the next report."""
+        try:
+            await step(name, answer)
         except ObjectLostError as error:
             logger.warning(f"the image of {name} was lost ({_sentence(error)}); asking again")
             await asyncio.sleep(_RETRY_S)
             self._acting_on = None
-        except (HotswapError, DrainTimeout, RayError) as error:
+        except Exception as error:  # whatever it is, the fleet must hear of it
             logger.warning(f"{name}: {_sentence(error)}")
             self._failure = Failure(
                 revision=name, reason=_sentence(error), generation=want.generation
@@ -152,8 +159,16 @@ class Lane:
             # nothing to serve, and no rollout on its way that would bring something
             if not self.ready.done() and want.stage is None:
                 self.ready.set_exception(error)
-        finally:
-            self._changed.set()
+        else:
+            return True
+        return False
+
+    async def _hold(self, name: str, answer: Answer) -> None:
+        if key(self._engine.slot.revision) != name:
+            await self._commit(await self._stage(name, answer))
+
+    async def _prepare(self, name: str, answer: Answer) -> None:
+        self._staged = await self._stage(name, answer)
 
     async def _stage(self, name: str, answer: Answer) -> Staged:
         if self._staged is not None and key(self._staged.revision) == name:

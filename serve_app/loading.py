@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from hotswap_lib import Envelope, Slot, prepare
 
@@ -46,7 +46,7 @@ def check(settings: Settings) -> None:
         config = AutoConfig.from_pretrained(settings.model, **_hub(settings))
     except (OSError, ValueError) as error:
         raise UnsupportedModel(settings.model, str(error).splitlines()[0]) from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if not _is_causal(config):
         why = f"{config.model_type} is not a causal language model"
         raise UnsupportedModel(settings.model, why)
 
@@ -65,6 +65,14 @@ def load(settings: Settings) -> Loaded:
     modules = targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
     slot = prepare(model, envelope=Envelope(max_rank=settings.max_rank, target_modules=modules))
     return Loaded(slot=slot, tokenizer=tokenizer, eos_token_ids=_eos_token_ids(model, tokenizer))
+
+
+def _is_causal(config: Any) -> bool:
+    """Whether it reads from left to right. Encoders have a causal head as well, when asked for."""
+    encoder = type(config) in AutoModelForMaskedLM._model_mapping
+    if config.is_encoder_decoder or (encoder and not getattr(config, "is_decoder", False)):
+        return False
+    return type(config) in AutoModelForCausalLM._model_mapping
 
 
 def _hub(settings: Settings) -> dict[str, Any]:

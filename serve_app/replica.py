@@ -79,7 +79,8 @@ class Model:
         warm_s = await self._engine.warm_up()
         self._lane = Lane(self._engine, _Remote(controller), replica=self._replica)
         try:
-            await asyncio.wait_for(asyncio.shield(self._lane.ready), settings.start_timeout_s)
+            async with asyncio.timeout(settings.start_timeout_s):
+                await asyncio.shield(self._lane.ready)
         except TimeoutError:
             raise StartTimeout(settings.start_timeout_s) from None
         logger.info(

@@ -21,9 +21,9 @@ def next_wave(
 ) -> list[str]:
     """The replicas to assign to `target` now, in name order; empty while a wave is under way.
 
-    `in_service`: replicas that serve what they are assigned. `broken`: replicas that failed on what
-    they are assigned; they serve nothing, so moving them costs nothing, and an unhealthy stable
-    revision never blocks the rollout that would fix it. `ready`: those that have staged `target`.
+    `in_service`: replicas that serve what they are assigned. `broken`: replicas that serve nothing
+    as they are; moving them costs nothing, and so an unhealthy stable revision never blocks the
+    rollout that would fix it. `ready`: those that may go to `target`.
     With `keep_one` at least one replica stays in service, unless the fleet is only one.
     """
     waiting = sorted(r for r in ready if assigned.get(r) != target)

@@ -11,6 +11,7 @@ the current state until nothing changes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import TypeVar, assert_never
 
@@ -28,6 +29,7 @@ from .state import (
 )
 
 V = TypeVar("V")
+_REMEMBERED = 50  # rollouts and stable revisions: the journal is written whole at every decision
 
 
 def advance(fleet: Fleet, event: Event) -> Fleet:
@@ -55,7 +57,7 @@ def pending(fleet: Fleet) -> dict[str, Desired]:
     commands = {}
     for replica, observed in fleet.observed.items():
         want = desired(fleet, replica)
-        ready = observed.holds == want.hold and observed.serving
+        ready = observed.serves(want.hold)
         if not ready or (want.stage is not None and not observed.has(want.stage)):
             commands[replica] = want
     return commands
@@ -69,7 +71,7 @@ def progress(fleet: Fleet, rollout: Rollout) -> Progress:
     return Progress(
         total=len(seen),
         staged=sum(observed.has(rollout.target) for observed in seen),
-        committed=sum(o.holds == rollout.target and o.serving for o in seen),
+        committed=sum(observed.serves(rollout.target) for observed in seen),
     )
 
 
@@ -125,7 +127,11 @@ def _apply(fleet: Fleet, event: Event) -> Fleet:
 def _begin(fleet: Fleet, asked: Asked) -> Fleet:
     if not fleet.observed:
         raise IllegalEvent("a rollout", "no replica has reported yet")
-    if fleet.running is not None:
+    since = fleet.generation + 1
+    if (running := fleet.running) is not None:
+        # replicas act on the same document as before then, so its failures are this one's too
+        if running.target == asked.target and running.state is not State.ABORTING:
+            since = running.since
         reason = f"replaced by a rollout to {asked.target}"
         fleet = _to(fleet, State.SUPERSEDED, at=asked.at, reason=reason)
     number = fleet.rollouts + 1
@@ -134,12 +140,12 @@ def _begin(fleet: Fleet, asked: Asked) -> Fleet:
         plan=asked.plan,
         target=asked.target,
         previous=fleet.stable,  # also when it supersedes: the way back stays the proven revision
-        since=fleet.generation + 1,
+        since=since,
         created_at=asked.at,
         deadline_at=asked.at + asked.plan.progress_deadline_s,
     )
     past = fleet.past if fleet.rollout is None else (*fleet.past, fleet.rollout)
-    return replace(fleet, rollout=rollout, rollouts=number, past=past[-50:])
+    return replace(fleet, rollout=rollout, rollouts=number, past=past[-_REMEMBERED:])
 
 
 def _settle(fleet: Fleet, *, at: float) -> Fleet:
@@ -162,7 +168,7 @@ def _step(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
                 return _stage(fleet, rollout, at=at)
             return _progress(fleet, rollout, at=at)
         case State.PROMOTING:
-            history = (*fleet.history, rollout.target)
+            history = (*fleet.history, rollout.target)[-_REMEMBERED:]
             fleet = replace(fleet, stable=rollout.target, history=history)
             return _to(fleet, State.SUCCEEDED, at=at)
         case State.ABORTING:
@@ -182,32 +188,55 @@ def _stage(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
 
 def _progress(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
     seen = fleet.observed.values()
-    if seen and all(observed.holds == rollout.target and observed.serving for observed in seen):
+    if seen and all(observed.serves(rollout.target) for observed in seen):
         return _to(fleet, State.PROMOTING, at=at)
-    everywhere = rollout.plan.strategy == "all_at_once"
-    wave = next_wave(
-        target=rollout.target,
-        assigned=fleet.assigned,
-        in_service={r for r in fleet.observed if _in_service(fleet, r)},
-        broken={r for r in fleet.observed if _failed_on_assigned(fleet, r)},
-        ready={r for r, o in fleet.observed.items() if o.has(rollout.target)},
-        max_unavailable=len(fleet.observed) if everywhere else rollout.plan.max_unavailable,
-        keep_one=not everywhere,
-    )
-    return replace(fleet, assigned={**fleet.assigned, **dict.fromkeys(wave, rollout.target)})
+    staged = {r for r, observed in fleet.observed.items() if observed.has(rollout.target)}
+    broken = {r for r in fleet.observed if _failed_on_assigned(fleet, r)}
+    return _send(fleet, rollout, rollout.target, ready=staged, free=broken)
 
 
 def _abort(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
-    fleet = replace(fleet, assigned=dict.fromkeys(fleet.assigned, fleet.stable))
-    back = [o.holds == fleet.stable and o.serving for o in fleet.observed.values()]
-    if all(back):
-        return _to(fleet, State.ABORTED, at=at)
+    if all(observed.serves(fleet.stable) for observed in fleet.observed.values()):
+        return _to(_all_to_stable(fleet), State.ABORTED, at=at)
     for replica, observed in fleet.observed.items():
         failure = observed.failure
         if failure and failure.revision == fleet.stable and failure.generation > rollout.since:
             reason = f"{rollout.reason}; then {replica} could not go back: {failure.reason}"
-            return _to(fleet, State.FAILED, at=at, reason=reason)
-    return fleet
+            return _to(_all_to_stable(fleet), State.FAILED, at=at, reason=reason)
+    # whoever does not serve anyway goes back at once; the others in waves, like on the way there
+    idle = {r for r in fleet.observed if not _in_service(fleet, r)}
+    return _send(fleet, rollout, fleet.stable, ready=set(fleet.observed), free=idle)
+
+
+def _send(
+    fleet: Fleet,
+    rollout: Rollout,
+    revision: str,
+    *,
+    ready: AbstractSet[str],
+    free: AbstractSet[str],
+) -> Fleet:
+    """The next wave on its way to `revision`, all of them for `all_at_once`."""
+    everywhere = rollout.plan.strategy == "all_at_once"
+    wave = next_wave(
+        target=revision,
+        assigned=fleet.assigned,
+        in_service={r for r in fleet.observed if _in_service(fleet, r)},
+        broken=free,
+        ready=ready,
+        max_unavailable=len(fleet.observed) if everywhere else rollout.plan.max_unavailable,
+        keep_one=not everywhere,
+    )
+    sent = {r: replace(fleet.observed[r], outdated=True) for r in wave}
+    return replace(
+        fleet,
+        assigned={**fleet.assigned, **dict.fromkeys(wave, revision)},
+        observed={**fleet.observed, **sent},
+    )
+
+
+def _all_to_stable(fleet: Fleet) -> Fleet:
+    return replace(fleet, assigned=dict.fromkeys(fleet.assigned, fleet.stable))
 
 
 def _why_abort(fleet: Fleet, rollout: Rollout, *, at: float) -> str | None:
@@ -221,8 +250,7 @@ def _why_abort(fleet: Fleet, rollout: Rollout, *, at: float) -> str | None:
 
 
 def _in_service(fleet: Fleet, replica: str) -> bool:
-    observed = fleet.observed[replica]
-    return observed.serving and observed.holds == fleet.assigned[replica]
+    return fleet.observed[replica].serves(fleet.assigned[replica])
 
 
 def _failed_on_assigned(fleet: Fleet, replica: str) -> bool:

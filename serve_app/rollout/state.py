@@ -65,16 +65,23 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """What a replica said last. `serving`: its revision is committed, verified, and it admits."""
+    """What a replica said last. `serving`: its revision is committed, verified, and it admits.
+
+    `outdated`: it was sent to another revision after it said that, and may be anywhere by now.
+    """
 
     holds: str | None = None
     staged: str | None = None
     serving: bool = False
     failure: Failure | None = None
+    outdated: bool = False
     seen_at: float = 0.0
 
     def has(self, revision: str) -> bool:
         return revision in (self.holds, self.staged)
+
+    def serves(self, revision: str) -> bool:
+        return self.serving and self.holds == revision and not self.outdated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

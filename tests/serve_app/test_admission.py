@@ -120,6 +120,32 @@ def test_the_gate_opens_again_when_the_work_inside_the_drain_fails_or_is_cancell
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("steps", range(6))
+def test_a_cancelled_swap_stops_wherever_it_is(steps: int) -> None:
+    async def story() -> None:
+        gate = Admission()
+        gate.open()
+
+        async def swap() -> None:
+            async with gate.drained(timeout_s=60):
+                await asyncio.Event().wait()
+
+        swapping = asyncio.create_task(swap())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        swapping.cancel()
+        done, _ = await asyncio.wait([swapping], timeout=0.5)
+        try:
+            assert done, "the cancellation was swallowed, so an abort would wait for the swap"
+            assert swapping.cancelled()
+            assert gate.is_open
+        finally:
+            swapping.cancel()
+            await asyncio.wait([swapping])
+
+    asyncio.run(story())
+
+
 def test_cancelling_somebody_who_waits_leaves_nothing_behind() -> None:
     async def story() -> None:
         gate = Admission()

@@ -84,8 +84,6 @@ def test_the_far_side_of_a_handle_makes_no_difference(
             ray.serve._private.common.DeploymentID(name="Model", app_name="app")
         ),
         ray.exceptions.ActorUnavailableError("no answer", b"0" * 16),
-        ray.exceptions.NodeDiedError("the node is gone"),
-        ray.exceptions.WorkerCrashedError(),
     ],
     ids=lambda error: type(error).__name__,
 )

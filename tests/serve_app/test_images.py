@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import uuid
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from hotswap_lib import (
     BASE,
     Adapter,
-    AdapterImage,
     AdapterRefused,
     HotswapError,
     Layout,
@@ -25,25 +23,7 @@ from hotswap_lib import (
 from serve_app.images import AdapterStore, ImageShelf, RevisionLost
 from tests.e2e.tiny_world import TinyWorld
 
-
-class FakeRef:
-    """What `ray.put` would return, as far as anyone here looks."""
-
-    def __init__(self, image: AdapterImage) -> None:
-        self.image = image
-
-    def __await__(self) -> Generator[Any, None, AdapterImage]:
-        yield from asyncio.sleep(0).__await__()
-        return self.image
-
-
-class CountingPut:
-    def __init__(self) -> None:
-        self.images: list[AdapterImage] = []
-
-    def __call__(self, image: AdapterImage) -> Any:
-        self.images.append(image)
-        return FakeRef(image)
+from .fakes import CountingPut
 
 
 def alpha(world: TinyWorld, **config: Any) -> Adapter:

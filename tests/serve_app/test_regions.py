@@ -30,7 +30,13 @@ def llama() -> nn.Module:
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1
+        vocab_size=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=1,
     )
     model: nn.Module = GPT2LMHeadModel(config).eval()
     return model

@@ -89,5 +89,6 @@ def test_clients_call_the_model_by_its_last_part_or_as_the_operator_says(
     assert parse(dict(values)).model_name == name
 
 
-def test_a_replica_counts_as_gone_after_three_polls_of_silence() -> None:
-    assert Settings(poll_s=0.5).silence_s == 1.5
+def test_a_replica_counts_as_gone_after_three_polls_of_silence_and_not_too_soon() -> None:
+    assert Settings(poll_s=4).silence_s == 12.0
+    assert Settings(poll_s=0.1).silence_s == 5.0, "a busy node may stall a replica for a second"

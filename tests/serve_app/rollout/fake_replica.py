@@ -60,9 +60,7 @@ class FakeReplica:
         """What it is at work on fails; what it held before goes on serving."""
         assert self.doc is not None
         assert self.job is not None
-        self.failure = Failure(
-            revision=self.job, reason="no luck", generation=self.doc.generation
-        )
+        self.failure = Failure(revision=self.job, reason="no luck", generation=self.doc.generation)
         self.is_open = self.holds is not None
         self.gave_up = True
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from .fake_replica import FakeReplica
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -28,6 +27,8 @@ from serve_app.rollout.state import (
     Rollout,
     State,
 )
+
+from .fake_replica import FakeReplica
 
 OLD, NEW, OTHER = "old@1", "new@2", "other@3"
 
@@ -460,6 +461,11 @@ class WildFleet(RuleBasedStateMachine):
         if replica := self.pick(which):
             self.obey(replica)
 
+    @rule()
+    def every_replica_obeys(self) -> None:
+        for replica in self.living():
+            self.obey(replica)
+
     @rule(which=some_replica)
     def a_replica_fails(self, which: int) -> None:
         replica = self.pick(which)
@@ -652,7 +658,8 @@ class WildFleet(RuleBasedStateMachine):
         at_work = [r for r in self.present() if r.holds is not None and not self.settled(r)]
         assert len(at_work) <= running.plan.max_unavailable, "too many swap at once"
         serving = [r for r in self.present() if r.is_open and self.settled(r)]
-        gone = [r for r in self.replicas.values() if r.lost or not r.alive]
+        known = [r for r in self.replicas.values() if r.name in self.fleet.observed]
+        gone = [r for r in known if r.lost or not r.alive]
         assert serving or gone or len(self.fleet.assigned) == 1, "nobody serves"
 
     # ---- helpers ----------------------------------------------------------------------------
@@ -696,8 +703,8 @@ class WildFleet(RuleBasedStateMachine):
 
 TestWildFleet: Any = WildFleet.TestCase
 TestWildFleet.settings = settings(
-    max_examples=200,
-    stateful_step_count=40,
+    max_examples=400,
+    stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize=True,

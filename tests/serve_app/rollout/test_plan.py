@@ -43,4 +43,4 @@ def test_a_plan_that_makes_no_sense_is_refused_by_the_name_of_its_field(
 def test_a_plan_never_changes_after_it_was_accepted() -> None:
     plan = Plan(adapter="org/pirate")
     with pytest.raises(ValidationError, match="frozen"):
-        plan.strategy = "all_at_once"  # type: ignore[misc]
+        plan.strategy = "all_at_once"

@@ -1,0 +1,675 @@
+"""The controller: alone over hand-written reports, and with real lanes over a fleet of slots."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Coroutine
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from hotswap_lib import BASE, AdapterImage, AdapterRefused, Layout, Revision
+from serve_app.admission import DrainTimeout
+from serve_app.controller import Controller, FleetNotReady, NoSuchRollout, NothingToUndo
+from serve_app.journal import Journal, JournalUnreadable
+from serve_app.lane import Lane
+from serve_app.messages import Answer, Report, key
+from serve_app.rollout.state import Desired, Failure
+from serve_app.settings import Settings
+from serve_app.views import RolloutView
+from tests.e2e.tiny_world import TinyWorld
+
+from .conftest import new_slot
+from .fakes import CountingPut, FakeEngine, settled, until
+
+T = TypeVar("T")
+
+
+def tell(story: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(asyncio.wait_for(story, 60))
+
+
+class Hall:
+    """A controller over one state directory, and whoever reports to it."""
+
+    def __init__(self, world: TinyWorld, state: Path, **settings: Any) -> None:
+        self.world, self.state = world, state
+        self.settings = Settings.model_validate({"poll_s": 0.2, **settings})
+        self.engines: dict[str, FakeEngine] = {}
+        self.lanes: dict[str, Lane] = {}
+        self.up = False
+
+    # the lanes call whoever is the controller now
+    async def join(self, replica: str, layout: Layout) -> None:
+        await self.controller.join(replica, layout)
+
+    async def report(self, report: Report) -> Answer:
+        if not self.up:
+            raise ConnectionError("the controller is gone")
+        return await self.controller.report(report)
+
+    async def leave(self, replica: str) -> None:
+        await self.controller.leave(replica)
+
+    async def __aenter__(self) -> Hall:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for lane in self.lanes.values():
+            await lane.close()
+        self.kill()
+
+    async def start(self, **changed: Any) -> None:
+        self.settings = Settings.model_validate({**self.settings.model_dump(), **changed})
+        self.put = CountingPut()
+        self.controller = Controller(self.settings, state_uri=str(self.state), put=self.put)
+        await self.controller.start()
+        self.up = True  # Serve, too, lets nobody in before
+
+    def kill(self) -> None:
+        """What SIGKILL leaves of a controller in this process: nothing that acts."""
+        self.up = False
+        if self.controller._ticker is not None:
+            self.controller._ticker.cancel()
+
+    async def restart(self, **changed: Any) -> None:
+        self.kill()
+        await self.start(**changed)
+
+    async def replicas(self, *names: str) -> None:
+        for name in names:
+            self.engines[name] = FakeEngine(new_slot(self.world))
+            engine: Any = self.engines[name]
+            self.lanes[name] = Lane(engine, self, replica=name)
+        await asyncio.gather(*(self.lanes[name].ready for name in names))
+        await self.until_serving(*self.lanes)
+
+    async def until_serving(self, *names: str) -> None:
+        async def serving() -> set[str]:
+            return {r.id for r in (await self.controller.fleet()).replicas if r.serving}
+
+        deadline = time.monotonic() + 10
+        while not set(names) <= await serving():
+            assert time.monotonic() < deadline, "a replica never served"
+            await asyncio.sleep(0.005)
+
+    def adapter(self, name: str) -> str:
+        return str(self.world.adapter(name))
+
+    async def roll(self, name: str, **plan: Any) -> RolloutView:
+        return await self.controller.start_rollout({"adapter": self.adapter(name), **plan})
+
+    async def ended(self, rollout: RolloutView) -> RolloutView:
+        deadline = time.monotonic() + 15
+        while not (now := await self.controller.rollout(rollout.id)).ended:
+            assert time.monotonic() < deadline, now
+            await asyncio.sleep(0.005)
+        return now
+
+    def holds(self) -> set[str]:
+        return {engine.slot.revision.name for engine in self.engines.values()}
+
+    def journal(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads((self.state / "journal.json").read_text())
+        return document["fleet"]  # type: ignore[no-any-return]
+
+
+def report(
+    layout: Layout, *, acting_on: Desired | None = None, holds: Revision = BASE, **more: Any
+) -> Report:
+    said: dict[str, Any] = {
+        "replica": "r1",
+        "layout": layout.fingerprint,
+        "acting_on": acting_on,
+        "holds": holds,
+        "staged": None,
+        "serving": acting_on is not None,
+        "failure": None,
+        "running": 0,
+        "recompiles": 0,
+        "limit_hits": 0,
+        "last_swap": None,
+        "pid": 1,
+        "node": "n",
+    }
+    return Report(**{**said, **more})
+
+
+# ---- the open report ----------------------------------------------------------------------------
+
+
+def test_a_replica_with_an_unknown_layout_is_asked_to_introduce_itself(
+    world: TinyWorld, layout: Layout, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            assert (await hall.report(report(layout))).introduce
+            await hall.join("r1", layout)
+            answer = await hall.report(report(layout))
+            assert answer.desired == Desired(epoch=1, generation=2, hold=key(BASE))
+            assert set(answer.images) == {key(BASE)}
+
+    tell(story())
+
+
+async def introduced(hall: Hall, layout: Layout) -> Desired:
+    await hall.join("r1", layout)
+    answer = await hall.report(report(layout))
+    assert answer.desired is not None
+    return answer.desired
+
+
+def test_a_report_with_nothing_new_stays_open_for_poll_s_and_no_longer(
+    world: TinyWorld, layout: Layout, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, poll_s=0.3) as hall:
+            want = await introduced(hall, layout)
+            began = time.monotonic()
+            assert await hall.report(report(layout, acting_on=want)) == Answer()
+            assert time.monotonic() - began >= 0.29
+
+    tell(story())
+
+
+def test_an_open_report_is_answered_at_once_when_there_is_news(
+    world: TinyWorld, layout: Layout, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, poll_s=60) as hall:
+            want = await introduced(hall, layout)
+            open_report = asyncio.create_task(hall.report(report(layout, acting_on=want)))
+            await settled()
+            assert not open_report.done()
+            rollout = await hall.roll("alpha")
+            answer = await asyncio.wait_for(open_report, 5)
+            assert answer.desired is not None
+            assert (answer.desired.hold, str(answer.desired.stage)[:6]) == (key(BASE), "alpha@")
+            assert set(answer.images) == {answer.desired.hold, answer.desired.stage}
+            assert rollout.state == "staging"
+
+    tell(story())
+
+
+def test_a_newer_report_ends_the_older_one(
+    world: TinyWorld, layout: Layout, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, poll_s=60) as hall:
+            want = await introduced(hall, layout)
+            older = asyncio.create_task(hall.report(report(layout, acting_on=want)))
+            await settled()
+            newer = asyncio.create_task(hall.report(report(layout, acting_on=want)))
+            assert await asyncio.wait_for(older, 5) == Answer()
+            newer.cancel()
+
+    tell(story())
+
+
+def test_a_decision_is_in_the_journal_before_the_replica_hears_of_it(
+    world: TinyWorld, layout: Layout, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, poll_s=60) as hall:
+            want = await introduced(hall, layout)
+            assert hall.journal()["assigned"] == {"r1": key(BASE)}
+            open_report = asyncio.create_task(hall.report(report(layout, acting_on=want)))
+            await settled()
+            await hall.roll("alpha")
+            answer = await open_report
+            assert answer.desired is not None
+            journaled = hall.journal()
+            assert journaled["generation"] >= answer.desired.generation
+            assert journaled["rollout"]["target"] == answer.desired.stage
+
+    tell(story())
+
+
+def test_a_report_that_changes_no_intent_is_not_written_down(
+    world: TinyWorld, layout: Layout, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, poll_s=0.01) as hall:
+            want = await introduced(hall, layout)
+            before = (tmp_path / "journal.json").stat().st_mtime_ns
+            for _ in range(5):
+                await hall.report(report(layout, acting_on=want))
+            assert (tmp_path / "journal.json").stat().st_mtime_ns == before
+
+    tell(story())
+
+
+def test_a_replica_that_could_not_go_back_to_stable_is_told_again(
+    world: TinyWorld, layout: Layout, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, poll_s=0.05) as hall:
+            want = await introduced(hall, layout)
+            failure = Failure(revision=want.hold, reason="busy", generation=want.generation)
+            stuck = report(layout, acting_on=want, serving=False, failure=failure)
+            answers = [await hall.report(stuck) for _ in range(4)]
+            assert any(answer.desired is not None for answer in answers), (
+                "it will never hold what it shall, and nobody tries again"
+            )
+
+    tell(story())
+
+
+def test_a_replica_that_is_silent_leaves_the_fleet(
+    world: TinyWorld, layout: Layout, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, poll_s=0.05) as hall:
+            await introduced(hall, layout)
+            assert len((await hall.controller.fleet()).replicas) == 1
+            await until(lambda: not hall.controller._fleet.observed)
+            assert hall.journal()["assigned"] == {}
+
+    tell(story())
+
+
+def test_a_replica_that_says_goodbye_leaves_at_once(
+    world: TinyWorld, layout: Layout, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, poll_s=60) as hall:
+            want = await introduced(hall, layout)
+            open_report = asyncio.create_task(hall.report(report(layout, acting_on=want)))
+            await settled()
+            await hall.leave("r1")
+            assert await asyncio.wait_for(open_report, 5) == Answer()
+            assert (await hall.controller.fleet()).replicas == []
+            await hall.leave("r1")
+
+    tell(story())
+
+
+# ---- rollouts over real lanes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["rolling", "all_at_once"])
+def test_a_rollout_brings_its_adapter_to_every_replica(
+    world: TinyWorld, tmp_path: Path, strategy: str
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1", "r2", "r3")
+            done = await hall.ended(await hall.roll("beta", strategy=strategy))
+            assert (done.state, done.total, done.committed) == ("succeeded", 3, 3)
+            assert hall.holds() == {"beta"}
+            fleet = await hall.controller.fleet()
+            assert (fleet.stable, fleet.ready) == (done.target, True)
+            assert len(hall.put.images) == 2, "the base and beta, packed once each"
+
+    tell(story())
+
+
+def test_the_declared_adapter_is_what_the_fleet_begins_with(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        adapter = str(world.adapter("alpha"))
+        async with Hall(world, tmp_path, adapter=adapter, adapter_name="first") as hall:
+            await hall.replicas("r1")
+            assert hall.holds() == {"first"}
+            assert [name.split("@")[0] for name in (await hall.controller.fleet()).history] == [
+                "base",
+                "first",
+            ]
+
+    tell(story())
+
+
+def test_a_declared_adapter_that_cannot_be_read_stops_the_start_and_writes_nothing(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        hall = Hall(world, tmp_path / "state", adapter=str(tmp_path / "nothing"))
+        with pytest.raises(AdapterRefused):
+            await hall.start()
+        assert not (tmp_path / "state").exists()
+
+    tell(story())
+
+
+def test_a_bad_adapter_is_refused_and_nothing_has_changed(world: TinyWorld, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path / "state") as hall:
+            await hall.replicas("r1", "r2")
+            bad = tmp_path / "bad"
+            bad.mkdir()
+            config = json.loads((world.adapter("alpha") / "adapter_config.json").read_text())
+            (bad / "adapter_config.json").write_text(json.dumps({**config, "r": 4096}))
+            (bad / "adapter_model.safetensors").write_bytes(
+                (world.adapter("alpha") / "adapter_model.safetensors").read_bytes()
+            )
+            journal = (tmp_path / "state" / "journal.json").read_bytes()
+            for source in (str(bad), str(tmp_path / "missing")):
+                with pytest.raises(AdapterRefused):
+                    await hall.controller.start_rollout({"adapter": source})
+            assert (tmp_path / "state" / "journal.json").read_bytes() == journal
+            assert not (tmp_path / "state" / "adapters").exists()
+            assert (hall.holds(), await hall.controller.rollouts()) == ({"base"}, [])
+
+    tell(story())
+
+
+def test_no_rollout_starts_before_a_replica_was_heard(world: TinyWorld, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            with pytest.raises(FleetNotReady):
+                await hall.roll("alpha")
+
+    tell(story())
+
+
+def test_a_replica_that_fails_sends_the_fleet_back_and_the_reason_is_kept(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1", "r2")
+            await hall.ended(await hall.roll("alpha"))
+            hall.engines["r2"].faults.append(DrainTimeout(2, 0.5))
+            done = await hall.ended(await hall.roll("beta"))
+            assert done.state == "aborted"
+            assert done.reason == ("replica r2: 2 requests were still running after 0.5 s of drain")
+            await hall.until_serving("r1", "r2")
+            assert hall.holds() == {"alpha"}
+
+    tell(story())
+
+
+def test_an_abort_during_staging_or_swapping_brings_stable_back(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1", "r2")
+            hall.engines["r2"].drained.clear()
+            running = await hall.roll("beta")
+            await until(lambda: not hall.engines["r2"].admission.is_open)
+            assert hall.engines["r1"].slot.revision.name == "beta"
+            await hall.controller.abort(running.id)
+            done = await hall.ended(running)
+            assert (done.state, done.reason) == ("aborted", "aborted by request")
+            hall.engines["r2"].drained.set()
+            await hall.until_serving("r1", "r2")
+            assert hall.holds() == {"base"}
+            again = await hall.controller.abort(running.id)
+            assert again == done, "an abort of what has ended changes nothing"
+
+    tell(story())
+
+
+def test_an_unknown_rollout_is_named(world: TinyWorld, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            for ask in (hall.controller.rollout, hall.controller.abort):
+                with pytest.raises(NoSuchRollout, match="there is no rollout 'rollout-9'"):
+                    await ask("rollout-9")
+
+    tell(story())
+
+
+def test_a_rollout_over_a_running_one_takes_its_place(world: TinyWorld, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1", "r2")
+            await hall.ended(await hall.roll("alpha"))
+            hall.engines["r1"].drained.clear()
+            first = await hall.roll("beta")
+            await until(lambda: not hall.engines["r1"].admission.is_open)
+            second = await hall.roll("gamma")
+            assert (await hall.controller.rollout(first.id)).state == "superseded"
+            assert second.previous.startswith("alpha@")
+            hall.engines["r1"].drained.set()
+            assert (await hall.ended(second)).state == "succeeded"
+            assert hall.holds() == {"gamma"}
+            ids = [rollout.id for rollout in await hall.controller.rollouts()]
+            assert ids == [second.id, first.id, "rollout-1"]
+
+    tell(story())
+
+
+def test_undo_goes_back_one_revision_though_its_source_is_gone(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        import shutil
+
+        moved = tmp_path / "alpha"
+        shutil.copytree(world.adapter("alpha"), moved)
+        async with Hall(world, tmp_path / "state") as hall:
+            await hall.replicas("r1", "r2")
+            await hall.ended(await hall.controller.start_rollout({"adapter": str(moved)}))
+            await hall.ended(await hall.roll("beta"))
+            shutil.rmtree(moved)
+            done = await hall.ended(await hall.controller.undo())
+            assert (done.state, hall.holds()) == ("succeeded", {"alpha"})
+
+    tell(story())
+
+
+def test_undo_of_the_first_rollout_is_the_base_model(world: TinyWorld, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1")
+            await hall.ended(await hall.roll("alpha"))
+            await hall.ended(await hall.controller.undo())
+            assert hall.holds() == {"base"}
+
+    tell(story())
+
+
+def test_undo_while_something_runs_aborts_it(world: TinyWorld, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1", "r2")
+            hall.engines["r1"].drained.clear()
+            running = await hall.roll("alpha")
+            undone = await hall.controller.undo()
+            assert undone.id == running.id
+            hall.engines["r1"].drained.set()
+            done = await hall.ended(running)
+            assert (done.state, done.reason) == ("aborted", "undone")
+
+    tell(story())
+
+
+def test_there_is_nothing_to_undo_in_the_beginning(world: TinyWorld, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1")
+            with pytest.raises(NothingToUndo):
+                await hall.controller.undo()
+
+    tell(story())
+
+
+def test_undo_of_a_revision_whose_kept_copy_is_gone_is_refused_with_nothing_changed(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        import shutil
+
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1")
+            for name in ("alpha", "beta"):
+                await hall.ended(await hall.roll(name))
+            await hall.restart()
+            await hall.until_serving("r1")
+            shutil.rmtree(tmp_path / "adapters")
+            with pytest.raises(Exception, match="alpha"):
+                await hall.controller.undo()
+            assert (hall.holds(), len(await hall.controller.rollouts())) == ({"beta"}, 2)
+
+    tell(story())
+
+
+# ---- restarts -----------------------------------------------------------------------------------
+
+
+def test_a_controller_that_dies_in_the_middle_of_a_rollout_finishes_it(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1", "r2", "r3")
+            hall.engines["r2"].drained.clear()
+            running = await hall.roll("beta")
+            await until(lambda: not hall.engines["r2"].admission.is_open)
+            await hall.restart()
+            fleet = await hall.controller.fleet()
+            assert fleet.rollout is not None
+            assert (fleet.epoch, fleet.rollout.id) == (2, running.id)
+            hall.engines["r2"].drained.set()
+            assert (await hall.ended(running)).state == "succeeded"
+            assert hall.holds() == {"beta"}
+
+    tell(story())
+
+
+def test_a_restarted_controller_decides_nothing_before_every_replica_was_heard(
+    world: TinyWorld, layout: Layout, tmp_path: Path, images: dict[str, AdapterImage]
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, poll_s=5) as hall:
+            beta = images["beta"].revision
+            for name in ("r1", "r2"):
+                await hall.join(name, layout)
+                want = (await hall.report(report(layout, replica=name))).desired
+                with suppress(TimeoutError):
+                    one = report(layout, replica=name, acting_on=want)
+                    await asyncio.wait_for(hall.report(one), 0.01)
+            running = await hall.roll("beta")
+            await hall.restart()
+            await hall.join("r1", layout)
+            heard = report(layout, replica="r1", staged=beta)
+            answer = await hall.report(heard)
+            assert answer.desired is not None
+            assert (answer.desired.epoch, answer.desired.hold) == (2, key(BASE))
+            for _ in range(3):
+                with suppress(TimeoutError):
+                    ready = report(layout, acting_on=answer.desired, staged=beta)
+                    await asyncio.wait_for(hall.report(ready), 0.05)
+            assert (await hall.controller.rollout(running.id)).state == "staging"
+            assert set(hall.journal()["assigned"].values()) == {key(BASE)}
+
+    tell(story())
+
+
+def test_a_restart_goes_on_with_what_the_fleet_holds_and_not_with_the_first_adapter(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, adapter=str(world.adapter("alpha"))) as hall:
+            await hall.replicas("r1")
+            await hall.ended(await hall.roll("beta"))
+            await hall.restart()
+            await hall.until_serving("r1")
+            assert (await hall.controller.fleet()).stable.startswith("beta@")
+            await hall.replicas("r2")
+            assert hall.holds() == {"beta"}
+
+    tell(story())
+
+
+def test_a_deploy_that_declares_another_adapter_wins_over_the_journal(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, adapter=str(world.adapter("alpha"))) as hall:
+            await hall.replicas("r1")
+            await hall.ended(await hall.roll("beta"))
+            await hall.restart(adapter=str(world.adapter("gamma")))
+            await until(lambda: hall.holds() == {"gamma"})
+            assert (await hall.controller.fleet()).epoch == 2
+
+    tell(story())
+
+
+def test_a_controller_that_lost_its_journal_is_still_obeyed(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1")
+            await hall.restart()
+            await hall.until_serving("r1")
+            await hall.ended(await hall.roll("beta"))
+            (tmp_path / "journal.json").unlink()
+            await hall.restart()
+            await hall.until_serving("r1")
+            assert (await hall.ended(await hall.roll("alpha"))).state == "succeeded"
+
+    tell(story())
+
+
+def test_a_journal_that_cannot_be_read_stops_the_start_and_is_not_overwritten(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        (tmp_path / "journal.json").write_text("{")
+        with pytest.raises(JournalUnreadable):
+            await Hall(world, tmp_path).start()
+        assert (tmp_path / "journal.json").read_text() == "{"
+
+    tell(story())
+
+
+def test_a_journal_that_cannot_be_written_leaves_the_fleet_as_it_was(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path / "state") as hall:
+            await hall.replicas("r1")
+            before = await hall.controller.fleet()
+            (tmp_path / "state").rename(tmp_path / "kept")
+            (tmp_path / "state").touch()  # no folder can be made of it
+            with pytest.raises(OSError, match="state"):
+                await hall.controller.start_rollout({"adapter": "base"})
+            after = await hall.controller.fleet()
+            assert (after.generation, after.rollout) == (before.generation, None)
+            (tmp_path / "state").unlink()
+            (tmp_path / "kept").rename(tmp_path / "state")
+            assert (await hall.ended(await hall.roll("alpha"))).state == "succeeded"
+
+    tell(story())
+
+
+def test_a_user_who_goes_away_in_the_middle_of_a_decision_leaves_no_two_truths(
+    world: TinyWorld, layout: Layout, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, poll_s=5) as hall:
+            await introduced(hall, layout)
+            asking = asyncio.create_task(hall.controller.start_rollout({"adapter": "base"}))
+            while not hall.controller._lock.locked():
+                await asyncio.sleep(0)
+            asking.cancel()  # Serve does this when an HTTP client hangs up
+            await asyncio.wait([asking])
+            await until(lambda: hall.journal()["rollouts"] == 1)
+            decided = hall.controller
+            await until(lambda: decided._fleet.rollouts == 1, "it is in the journal only")
+
+    tell(story())
+
+
+def test_the_fleet_says_that_its_journal_may_not_survive_the_node(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            fleet = await hall.controller.fleet()
+            assert fleet.journal_uri == Journal(str(tmp_path)).uri
+            assert len(fleet.warnings) == 1
+            await hall.restart(state_uri=str(tmp_path))
+            assert (await hall.controller.fleet()).warnings == []
+
+    tell(story())
