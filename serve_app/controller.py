@@ -216,7 +216,7 @@ class Controller:
         return rollout_view(self._fleet, self._fleet.rollout)
 
     async def _outrank(self, report: Report) -> None:
-        """Begin a newer epoch when the journal knew less than the replicas: they refuse older ones."""
+        """Begin a newer epoch when replicas know of one: they refuse whatever is older."""
         held = report.acting_on
         if held is not None and held.epoch > self._fleet.epoch:
             async with self._lock:
