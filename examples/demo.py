@@ -232,14 +232,16 @@ def traffic(options: argparse.Namespace, server: Server, screen: Screen, story: 
             fleet = wait_ready(server, client, screen)
         screen.say(f"{REPLICAS} replicas serve {fleet.stable}; {options.clients} clients ask")
         load = Load(server.url, clients=options.clients)
-        story.answers, story.failures = load.answers, load.failures
         load.start()
-        with story.timed("traffic"):
-            dwell(client, screen, load, seconds=options.seconds_per_phase)
-            for target in (SECOND, THIRD, None):
-                swap(client, screen, load, story, target)
+        try:
+            with story.timed("traffic"):
                 dwell(client, screen, load, seconds=options.seconds_per_phase)
-            load.stop()
+                for target in (SECOND, THIRD, None):
+                    swap(client, screen, load, story, target)
+                    dwell(client, screen, load, seconds=options.seconds_per_phase)
+                load.stop()
+        finally:  # copies: what fails because the server is being stopped is not the server's fault
+            story.answers, story.failures = load.answers.copy(), load.failures.copy()
         screen.say(load.line())
         story.saw(client.fleet().replicas)
         story.complete = True

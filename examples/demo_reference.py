@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from examples.demo_load import MAX_TOKENS, QUESTIONS, Answer, by_revision
-from serve_app.screen import RevisionCell, revision_style, short_ids
+from serve_app.screen import revision_style, short_ids
 from serve_app.views import ReplicaView, RolloutView, SwapView
 
 EXAMPLES_SHOWN = 5
@@ -216,17 +216,17 @@ def answers_table(story: Story, expected: References, question: str = QUESTIONS[
 
 
 def rollouts_table(story: Story) -> Table:
-    table = Table(title="rollouts", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("rollout", "target", "strategy", "replica"):
-        table.add_column(heading, no_wrap=heading != "target")
+    """Every swap of every rollout; no wider than 80 columns, as a pipe has them."""
+    table = Table(title="rollouts", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    for heading in ("rollout", "target", "replica"):
+        table.add_column(heading, no_wrap=True)
     for heading in ("stage\nms", "drain\nms", "commit\nµs", "copies", "converge\nms"):
         table.add_column(heading, no_wrap=True, justify="right")
     short = short_ids([replica.id for _, replica, _ in story.swaps()])
     for rollout, replica, swap in story.swaps():
         table.add_row(
             rollout.id,
-            RevisionCell(rollout.target),
-            rollout.strategy,
+            Text(rollout.target, style=revision_style(rollout.target)),
             short[replica.id],
             f"{swap.stage_ms:.1f}",
             f"{swap.drain_ms:.0f}",
