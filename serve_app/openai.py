@@ -120,12 +120,13 @@ class Responses:
             document["prompt_token_ids"] = prompt_ids
         return document | {"usage": usage(prompt_ids, token_ids)}
 
-    def first(self, *, revision: str) -> dict[str, Any]:
+    def first(self, *, revision: str, prompt_ids: list[int]) -> dict[str, Any]:
         """A chat stream's opening chunk: the role. A text stream has none; an empty piece then."""
+        extra = {"prompt_token_ids": prompt_ids} if self._request.return_token_ids else {}
         if not self._chat:
-            return self.piece(text="", revision=revision)
+            return self.piece(text="", revision=revision) | extra
         choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-        return self._document(revision, [choice], chunk=True)
+        return self._document(revision, [choice], chunk=True) | extra
 
     def piece(
         self,

@@ -108,7 +108,7 @@ class Model:
         async with self._steps(request, prompt_ids, max_tokens) as steps:
             async for step in steps:
                 if sent == 0:
-                    yield responses.first(revision=step.revision)
+                    yield responses.first(revision=step.revision, prompt_ids=prompt_ids)
                 new = step.token_ids[sent:]
                 sent = len(step.token_ids)
                 text = detokenizer.step(new)

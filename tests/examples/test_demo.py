@@ -17,7 +17,6 @@ import psutil
 import pytest
 from rich.console import Console
 
-from examples.demo import DemoFailed, Server, free_port
 from examples.demo_load import QUESTIONS, Answer, IncompleteAnswer, Load, read_answer
 from examples.demo_reference import (
     Expected,
@@ -27,6 +26,7 @@ from examples.demo_reference import (
     rollouts_table,
     summary,
 )
+from examples.demo_server import DemoFailed, Server, free_port
 from serve_app.views import ReplicaView, RolloutView, SwapView
 
 A, B = "a@11111111", "b@22222222"

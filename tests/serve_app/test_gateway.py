@@ -113,7 +113,7 @@ def whole(request: ChatRequest | CompletionRequest) -> dict[str, Any]:
 def chunks(request: ChatRequest | CompletionRequest) -> list[dict[str, Any]]:
     maker = responses(request)
     return [
-        maker.first(revision=REVISION),
+        maker.first(revision=REVISION, prompt_ids=[1]),
         maker.piece(text="hé\n\ndata: x", revision=REVISION),
         maker.piece(text="", revision=REVISION, reason="stop"),
     ]

@@ -57,7 +57,7 @@ def test_openais_client_reads_a_whole_text_answer() -> None:
 def test_openais_client_reads_every_chunk_of_a_chat() -> None:
     maker = responses(chat(stream=True))
     documents = [
-        maker.first(revision="v@1"),
+        maker.first(revision="v@1", prompt_ids=[1]),
         maker.piece(text="h", revision="v@1"),
         maker.piece(text="", revision="v@1", reason="stop"),
         maker.last(revision="v@1", prompt_ids=[1], token_ids=[2, 3]),
@@ -79,7 +79,7 @@ def test_openais_client_reads_the_last_chunk_of_a_text() -> None:
     maker = responses(text(stream=True))
     end = Completion.model_validate(maker.piece(text="", revision="v@1", reason="length"))
     assert (end.choices[0].text, end.choices[0].finish_reason) == ("", "length")
-    first = maker.first(revision="v@1")
+    first = maker.first(revision="v@1", prompt_ids=[1])
     assert (first["object"], first["choices"][0]["text"]) == ("text_completion", "")
 
 
