@@ -31,6 +31,7 @@ from .sampler import Temperature
 from .settings import Settings
 
 _PAGE_TOKENS = 32
+_STEP_S = 0.005  # about one step of a small model: how soon to look again at the scheduler
 T = TypeVar("T")
 
 
@@ -152,7 +153,7 @@ class Engine:
                 output = await self._next(outputs)
                 finished = output.is_finished()
                 if output.error is not None:
-                    raise GenerationFailed(output.error)
+                    raise GenerationFailed(output.error) if self.alive else EngineStopped
                 yield Step(revision=revision, token_ids=output.generated_tokens, finished=finished)
         finally:
             if finished or not self.alive:
@@ -177,15 +178,25 @@ class Engine:
         return receipt, (drained - began) * 1e3, verify_s * 1e3
 
     def _commit(self, staged: Staged) -> tuple[Receipt, float]:
-        with self._manager.pause():
-            receipt = self.slot.commit(staged)
-            began = time.monotonic()
-            try:
-                self.slot.verify()
-            except Exception:
-                self.slot.rollback()
-                raise
-            self._forget_prefixes()
+        """Between two steps, and only when the scheduler has nothing left to run.
+
+        A cancelled request is out of the gate a moment before the scheduler drops it.
+        """
+        while True:
+            with self._manager.pause():
+                if not self._manager.batch_processor.scheduler.active_requests:
+                    return self._commit_now(staged)
+            time.sleep(_STEP_S)
+
+    def _commit_now(self, staged: Staged) -> tuple[Receipt, float]:
+        receipt = self.slot.commit(staged)
+        began = time.monotonic()
+        try:
+            self.slot.verify()
+        except Exception:
+            self.slot.rollback()
+            raise
+        self._forget_prefixes()
         return receipt, time.monotonic() - began
 
     def _forget_prefixes(self) -> None:
@@ -217,7 +228,7 @@ class Engine:
                 and processor
                 and not processor.scheduler.request_is_cancelled(request_id)
             ):
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(_STEP_S)
             with self._manager.output_router._lock:
                 self._manager.output_router.result_handlers.pop(request_id, None)
         finally:

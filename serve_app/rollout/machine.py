@@ -187,8 +187,7 @@ def _stage(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
 
 
 def _progress(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
-    seen = fleet.observed.values()
-    if seen and all(observed.serves(rollout.target) for observed in seen):
+    if fleet.observed and _all_serve(fleet, rollout.target):
         return _to(fleet, State.PROMOTING, at=at)
     staged = {r for r, observed in fleet.observed.items() if observed.has(rollout.target)}
     broken = {r for r in fleet.observed if _failed_on_assigned(fleet, r)}
@@ -196,7 +195,7 @@ def _progress(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
 
 
 def _abort(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
-    if all(observed.serves(fleet.stable) for observed in fleet.observed.values()):
+    if _all_serve(fleet, fleet.stable):
         return _to(_all_to_stable(fleet), State.ABORTED, at=at)
     for replica, observed in fleet.observed.items():
         failure = observed.failure
@@ -247,6 +246,11 @@ def _why_abort(fleet: Fleet, rollout: Rollout, *, at: float) -> str | None:
     if at >= rollout.deadline_at:
         return f"not finished within {rollout.plan.progress_deadline_s:g} s"
     return None
+
+
+def _all_serve(fleet: Fleet, revision: str) -> bool:
+    # assigned too: who was just sent elsewhere is on its way, whatever it said before it heard
+    return all(fleet.assigned[r] == revision and _in_service(fleet, r) for r in fleet.observed)
 
 
 def _in_service(fleet: Fleet, replica: str) -> bool:
