@@ -92,6 +92,7 @@ class Server:
                     break
                 time.sleep(0.1)
             else:
+                self._process.wait(timeout=10)  # it has ended; this reads its exit status
                 self._process = None
                 return
         raise DemoFailed(f"these processes do not end: {left}")
