@@ -89,6 +89,8 @@ class Engine:
                 num_blocks=-(-settings.kv_cache_tokens // _PAGE_TOKENS),
                 max_batch_tokens=settings.max_batch_tokens,
                 max_requests_per_batch=settings.max_ongoing_requests,
+                # None on a CPU, where True would only make transformers warn
+                use_cuda_graph=settings.cuda_graphs if model.device.type == "cuda" else None,
                 per_request_processors=True,
             ),
         )

@@ -61,7 +61,7 @@ class _Remote:
 
 
 class Model:
-    """Handle methods: `chat`, `complete` (a document each), `stream` (chunks), `models`."""
+    """Handle methods: `chat`, `complete` (a document each), `stream` (chunks)."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, controller: DeploymentHandle
@@ -122,10 +122,6 @@ class Model:
             yield responses.last(
                 revision=step.revision, prompt_ids=prompt_ids, token_ids=step.token_ids
             )
-
-    async def models(self) -> dict[str, Any]:
-        """What `GET /v1/models` shows of this replica: the base and the live revision."""
-        return {"base": self._settings.model_name, "revision": str(self._engine.slot.revision)}
 
     async def check_health(self) -> None:
         if not self._engine.alive:

@@ -71,6 +71,7 @@ class Settings(BaseModel):
 
     # the engine
     compile: bool = True
+    cuda_graphs: Annotated[bool, Field(description="on a GPU, replay steps as CUDA graphs")] = True
     max_model_len: Annotated[int, Field(ge=16)] = 2048
     max_batch_tokens: Annotated[int, Field(ge=16, description="tokens in one step")] = 256
     kv_cache_tokens: Annotated[int, Field(ge=64, description="KV cache of a replica")] = 16_384
