@@ -218,8 +218,10 @@ class Controller:
     async def _outrank(self, report: Report) -> None:
         """Begin a newer epoch when replicas know of one: they refuse whatever is older."""
         held = report.acting_on
-        if held is not None and held.epoch > self._fleet.epoch:
-            async with self._lock:
+        if held is None or held.epoch <= self._fleet.epoch:
+            return
+        async with self._lock:
+            if held.epoch > self._fleet.epoch:  # else another replica's report was faster
                 await self._journal_and_set(replace(self._fleet, epoch=held.epoch + 1))
 
     async def _feed(self, event: Event) -> None:
@@ -246,6 +248,10 @@ class Controller:
             self._lines.pop(event.replica, None)
 
     async def _journal_and_set(self, fleet: Fleet) -> None:
+        target = {fleet.rollout.target} if fleet.rollout else set()
+        # of those that an undo could name, or the journal would grow with every rollout
+        known = {*fleet.history, *target}
+        self._sources = {name: where for name, where in self._sources.items() if name in known}
         entry = Entry(fleet=fleet, declared=self._settings.adapter, sources=self._sources)
         await asyncio.to_thread(self._journal.write, entry)
         was, now = self._fleet.rollout, fleet.rollout
@@ -254,7 +260,7 @@ class Controller:
             logger.info(f"{now.id} to {from_key(now.target)}: {now.state}{why}")
         self._fleet = fleet
         needed = {fleet.stable, *fleet.assigned.values(), *fleet.history[-2:]}
-        self._shelf.keep_only(needed | ({fleet.rollout.target} if fleet.rollout else set()))
+        self._shelf.keep_only(needed | target)
 
     def _has_news(self, line: _Line) -> bool:
         """Whether the replica acts on something else than what it shall do."""
@@ -264,12 +270,18 @@ class Controller:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            now = time.time()
-            for replica in silent(self._fleet, at=now, after_s=self._settings.silence_s):
-                logger.warning(f"replica {replica} was silent for {self._settings.silence_s:g} s")
-                await self._feed(Left(replica=replica, at=now))
-            if self._fleet.running is not None:
-                await self._feed(Ticked(at=now))
+            try:
+                await self._look(at=time.time())
+            except Exception as error:  # a journal out of reach must not end deadlines for good
+                logger.warning(f"could not decide, trying again: {error}")
+
+    async def _look(self, *, at: float) -> None:
+        """Who was silent for too long, and what time does to a rollout."""
+        for replica in silent(self._fleet, at=at, after_s=self._settings.silence_s):
+            logger.warning(f"replica {replica} was silent for {self._settings.silence_s:g} s")
+            await self._feed(Left(replica=replica, at=at))
+        if self._fleet.running is not None:
+            await self._feed(Ticked(at=at))
 
     def _all(self) -> list[Rollout]:
         last = self._fleet.rollout

@@ -15,7 +15,7 @@ import pytest
 from hotswap_lib import BASE, AdapterImage, AdapterRefused, Layout, Revision
 from serve_app.admission import DrainTimeout
 from serve_app.controller import Controller, FleetNotReady, NoSuchRollout, NothingToUndo
-from serve_app.journal import Journal, JournalUnreadable
+from serve_app.journal import Entry, Journal, JournalUnreadable
 from serve_app.lane import Lane
 from serve_app.messages import Answer, Report, key
 from serve_app.rollout.state import Desired, Failure
@@ -240,6 +240,53 @@ def test_a_report_that_changes_no_intent_is_not_written_down(
             for _ in range(5):
                 await hall.report(report(layout, acting_on=want))
             assert (tmp_path / "journal.json").stat().st_mtime_ns == before
+
+    tell(story())
+
+
+class Unreachable:
+    """A journal that cannot be written for a while."""
+
+    def __init__(self, journal: Journal, *, failures: int) -> None:
+        self.failures = failures
+        self._journal = journal
+
+    def write(self, entry: Entry) -> None:
+        if self.failures > 0:
+            self.failures -= 1
+            raise OSError("the bucket does not answer")
+        self._journal.write(entry)
+
+
+def test_a_journal_that_is_out_of_reach_for_a_while_does_not_end_deadlines(
+    world: TinyWorld, layout: Layout, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, poll_s=60) as hall:
+            await introduced(hall, layout)
+            plan = {"adapter": str(world.adapter("alpha")), "progress_deadline_s": 0.1}
+            await hall.controller.start_rollout(plan)  # which nobody ever stages
+            journal = Unreachable(hall.controller._journal, failures=2)
+            hall.controller._journal = journal  # type: ignore[assignment]
+            await until(lambda: bool(hall.journal()["rollout"]["reason"]))
+            assert journal.failures == 0
+            [rollout] = await hall.controller.rollouts()
+            assert rollout.state in ("aborting", "aborted")
+
+    tell(story())
+
+
+def test_the_journal_forgets_where_forgotten_revisions_came_from(
+    world: TinyWorld, layout: Layout, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, poll_s=60) as hall:
+            await introduced(hall, layout)
+            for name in ("alpha", "beta", "gamma"):  # each replaced before anybody staged it
+                await hall.roll(name)
+            target = hall.controller._fleet.rollout
+            assert target is not None
+            assert set(hall.controller._sources) == {target.target}
 
     tell(story())
 
