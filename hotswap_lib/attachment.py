@@ -7,9 +7,12 @@ longer views of any arena.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from . import layers
 
 if TYPE_CHECKING:
     from .slot import Slot
@@ -30,17 +33,29 @@ def find_slot(model: torch.nn.Module, adapter_name: str) -> Slot | None:
     return _slots(getattr(model, "_orig_mod", model)).get(adapter_name)
 
 
+def slots(model: torch.nn.Module) -> Sequence[Slot]:
+    """All slots of a model."""
+    return tuple(_slots(model).values())
+
+
 def attach(slot: Slot) -> None:
     """Make a slot findable from its model."""
     model = slot.model
-    if _ATTRIBUTE not in vars(model):
-        vars(model)[_ATTRIBUTE] = _Slots()
-        model.register_state_dict_post_hook(_unpad)
-    _slots(model)[slot.adapter_name] = slot
+    _hook(model, _unpad)[slot.adapter_name] = slot
+    for wrapper in layers.saved_modules(model, slot.adapter_name).values():
+        saved = wrapper.modules_to_save[slot.adapter_name]
+        _hook(saved, _leave_out_unsaved)[slot.adapter_name] = slot
 
 
-def _slots(model: torch.nn.Module) -> _Slots:
-    found = vars(model).get(_ATTRIBUTE)
+def _hook(module: torch.nn.Module, hook: Any) -> _Slots:
+    if _ATTRIBUTE not in vars(module):
+        vars(module)[_ATTRIBUTE] = _Slots()
+        module.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
+    return _slots(module)
+
+
+def _slots(module: torch.nn.Module) -> _Slots:
+    found = vars(module).get(_ATTRIBUTE)
     return found if isinstance(found, _Slots) else _Slots()
 
 
@@ -48,17 +63,26 @@ def _unpad(
     model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, _metadata: Any
 ) -> None:
     """Show the live adapter as it is: own rank, own modules. PEFT's save_pretrained reads this."""
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     for slot in _slots(model).values():
-        ranks = slot.live.ranks
-        for entry in slot.layout.entries:
-            if entry.is_scaling:
+        ranks, written = slot.live.ranks, set(slot.live.written)
+        for index, entry in enumerate(slot.layout.entries):
+            key = f"{prefix}{names.get(id(slot.tensors[entry.key]))}"
+            if key not in state or entry.rest == "base":  # always there, with somebody's values
                 continue
-            container, attribute = entry.role.split(".")
-            stem = entry.key.removesuffix(entry.role)
-            key = f"{prefix}{stem}{container}.{slot.adapter_name}.{attribute}"
-            if key not in state:
-                continue
-            if entry.module not in ranks:
+            if index not in written:
                 del state[key]
-            elif entry.rank_dim is not None:
-                state[key] = state[key].narrow(entry.rank_dim, 0, ranks[entry.module])
+            elif entry.padding is not None:
+                state[key] = entry.padding.read(state[key], ranks[entry.module])
+
+
+def _leave_out_unsaved(
+    saved: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, _metadata: Any
+) -> None:
+    """A saved module that the live adapter does not have is not written by save_pretrained."""
+    for slot in _slots(saved).values():
+        written = {id(slot.tensors[slot.layout.entries[i].key]) for i in slot.live.written}
+        tensors = (*saved.parameters(), *saved.buffers())
+        if not any(id(tensor) in written for tensor in tensors):
+            for key in [key for key in state if key.startswith(prefix)]:
+                del state[key]

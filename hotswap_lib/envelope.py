@@ -22,6 +22,7 @@ class Envelope:
         modules_to_save: modules whose full weights adapters may replace.
         use_dora: whether adapters may use DoRA.
         bias: whose biases adapters may replace: ``"none"``, ``"lora_only"`` or ``"all"``.
+        lora_bias: whether adapters may have a bias on lora_B.
         dtype: the slot's dtype, as ``torch.bfloat16`` or ``"bfloat16"``; None follows PEFT,
             which keeps LoRA weights in float32 over a 16 bit base model.
 
@@ -34,6 +35,7 @@ class Envelope:
     modules_to_save: tuple[str, ...] | None = None
     use_dora: bool = False
     bias: str = "none"
+    lora_bias: bool = False
     dtype: str | None = None
 
     def __init__(
@@ -44,6 +46,7 @@ class Envelope:
         *,
         use_dora: bool = False,
         bias: str = "none",
+        lora_bias: bool = False,
         dtype: str | torch.dtype | None = None,
     ) -> None:
         if not isinstance(target_modules, str):
@@ -54,9 +57,10 @@ class Envelope:
         for field, value in {
             "max_rank": max_rank,
             "target_modules": target_modules,
-            "modules_to_save": None if modules_to_save is None else tuple(modules_to_save),
+            "modules_to_save": tuple(sorted(modules_to_save)) if modules_to_save else None,
             "use_dora": use_dora,
             "bias": bias,
+            "lora_bias": lora_bias,
             "dtype": dtype,
         }.items():
             object.__setattr__(self, field, value)
@@ -69,22 +73,12 @@ class Envelope:
             raise InvalidEnvelope("max_rank", f"is 1 or more, not {self.max_rank}")
         if not self.target_modules:
             raise InvalidEnvelope("target_modules", "names at least one module")
-        if not isinstance(self.use_dora, bool):
-            raise InvalidEnvelope("use_dora", f"is true or false, not {self.use_dora!r}")
+        for field in ("use_dora", "lora_bias"):
+            if not isinstance(getattr(self, field), bool):
+                raise InvalidEnvelope(field, f"is true or false, not {getattr(self, field)!r}")
         if self.bias not in _BIASES:
             raise InvalidEnvelope("bias", f"is one of {sorted(_BIASES)}, not {self.bias!r}")
+        if self.bias == "all" and self.modules_to_save:
+            raise InvalidEnvelope("bias", "'all' and modules_to_save would hold some biases twice")
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise InvalidEnvelope("dtype", f"is one of {sorted(_DTYPES)}, not {self.dtype!r}")
-
-    def refuse_unsupported(self) -> None:
-        """Say by name what this version cannot hold yet.
-
-        Raises:
-            InvalidEnvelope: for DoRA, biases and saved modules.
-        """
-        if self.use_dora:
-            raise InvalidEnvelope("use_dora", "DoRA is not supported yet")
-        if self.bias != "none":
-            raise InvalidEnvelope("bias", f"bias={self.bias!r} is not supported yet")
-        if self.modules_to_save:
-            raise InvalidEnvelope("modules_to_save", "saved modules are not supported yet")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key
 
+from .envelope import Envelope
 from .errors import (
     AdapterConfigInvalid,
     AdapterRefused,
@@ -25,18 +26,16 @@ from .errors import (
     ShapeMismatch,
     TargetOutsideEnvelope,
 )
-from .layout import Entry, Layout
+from .layout import BIAS, MAGNITUDE, SAVED, Entry, Layout
+from .revision import tensor_digest
+from .roles import LORA_BIAS
 from .source import Adapter
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _PAIR = re.compile(r"(?P<module>.+)\.lora_(embedding_)?[AB](\.weight)?")
 
-# Fields that change the computation in ways that an envelope can or will be able to hold.
-_ENVELOPE_FEATURES = {
-    "use_dora": "DoRA",
-    "lora_bias": "a bias on lora_B",
-    "bias": "trained biases",
-    "modules_to_save": "saved modules",
+# Fields that no envelope can hold.
+_NO_PLACE = {
     "trainable_token_indices": "trained tokens",
     "target_parameters": "LoRA on bare parameters",
 }
@@ -58,24 +57,53 @@ _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The configuration fields that scale a LoRA adapter, checked and with defaults filled in."""
+    """The configuration fields that matter to a slot, checked and with defaults filled in."""
 
     r: int
     lora_alpha: float
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    bias: str
+    modules_to_save: tuple[str, ...]
 
     def rank(self, module: str) -> int:
         """The rank for a module, by the rule that PEFT creates its layers with."""
+        if not self.rank_pattern:
+            return self.r
         return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.r)
 
     def scaling(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA (peft.tuners.lora.layer.update_layer)."""
-        alpha_key = get_pattern_key(list(self.alpha_pattern), module)
-        alpha = self.alpha_pattern.get(alpha_key, self.lora_alpha)
+        alpha = self.lora_alpha
+        if self.alpha_pattern:
+            alpha_key = get_pattern_key(list(self.alpha_pattern), module)
+            alpha = self.alpha_pattern.get(alpha_key, alpha)
         rank = self.rank(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def saves(self, module: str) -> bool:
+        """Whether a module is one of modules_to_save (by suffix, as PEFT matches them)."""
+        return any(module.endswith(suffix) for suffix in self.modules_to_save)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Write:
+    """One tensor of the adapter's and where it goes.
+
+    Attributes:
+        index: of the entry in the layout.
+        entry: where it goes.
+        tensor: as it is in the checkpoint.
+        rank: the rank that the adapter has there; 0 where the shape does not depend on it.
+    """
+
+    index: int
+    entry: Entry
+    tensor: torch.Tensor
+    rank: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,12 +111,12 @@ class Fit:
     """An adapter that fits: what to write where.
 
     Attributes:
-        writes: each tensor with its entry.
+        writes: in the layout's order.
         scalings: module → scaling; modules that the adapter leaves alone are absent.
         ranks: module → the adapter's own rank, unpadded.
     """
 
-    writes: tuple[tuple[Entry, torch.Tensor], ...]
+    writes: tuple[Write, ...]
     scalings: Mapping[str, float]
     ranks: Mapping[str, int]
 
@@ -100,27 +128,35 @@ def fit(adapter: Adapter, layout: Layout) -> Fit:
         AdapterRefused: the subclass for the rule that it breaks.
     """
     settings = read_settings(adapter)
-    _refuse_features(adapter)
+    _refuse_features(adapter, settings, layout.envelope)
     entries = {entry.key: entry for entry in layout.entries if not entry.is_scaling}
-    for key in sorted(adapter.tensors):
+    carried = {key for key in layout.base_weights if key in adapter.tensors}
+    for key in sorted(carried):
+        _check_base_weight(adapter, key, layout)
+    for key in sorted(adapter.tensors.keys() - carried):
         if key not in entries:
             raise _unplaced(adapter, key, layout)
-    if not adapter.tensors:
+        _check_configured(adapter, entries[key], settings)
+    ranks = {
+        entry.module: settings.rank(entry.module)
+        for key, entry in entries.items()
+        if entry.padding is not None and key in adapter.tensors
+    }
+    if not ranks:
         raise MissingTensor(adapter.name, None, "there is no LoRA tensor in it")
-    modules = {entries[key].module for key in adapter.tensors}
     writes = []
-    for entry in entries.values():
-        if entry.module not in modules:
-            continue
-        tensor = adapter.tensors.get(entry.key)
+    for index, entry in enumerate(layout.entries):
+        tensor = None if entry.is_scaling else adapter.tensors.get(entry.key)
         if tensor is None:
-            raise MissingTensor(adapter.name, entry.key, "its LoRA pair is there and it is not")
-        _check_tensor(adapter, entry, tensor, layout, settings.rank(entry.module))
-        writes.append((entry, tensor))
+            _check_absent(adapter, entry, settings, ranks)
+            continue
+        rank = ranks.get(entry.module, 0)
+        _check_tensor(adapter, entry, tensor, rank)
+        writes.append(Write(index=index, entry=entry, tensor=tensor, rank=rank))
     return Fit(
         writes=tuple(writes),
-        scalings={module: _scaling(adapter, settings, module) for module in modules},
-        ranks={entry.module: settings.rank(entry.module) for entry, _ in writes},
+        scalings={module: _scaling(adapter, settings, module) for module in ranks},
+        ranks=ranks,
     )
 
 
@@ -159,7 +195,27 @@ def read_settings(adapter: Adapter) -> Settings:
         rank_pattern=ranks,
         alpha_pattern=alphas,
         use_rslora=bool(config.get("use_rslora", False)),
+        use_dora=bool(config.get("use_dora", False)),
+        lora_bias=bool(config.get("lora_bias", False)),
+        bias=_bias(adapter),
+        modules_to_save=_modules_to_save(adapter),
     )
+
+
+def _bias(adapter: Adapter) -> str:
+    bias = adapter.config.get("bias") or "none"
+    if bias not in ("none", "lora_only", "all"):
+        rule = f"bias is {bias!r}, and only 'none', 'lora_only' and 'all' mean something"
+        raise AdapterConfigInvalid(adapter.name, None, rule)
+    return str(bias)
+
+
+def _modules_to_save(adapter: Adapter) -> tuple[str, ...]:
+    saved = adapter.config.get("modules_to_save") or ()
+    if isinstance(saved, str) or not all(isinstance(name, str) for name in saved):
+        rule = f"modules_to_save is {saved!r} and not a list of names"
+        raise AdapterConfigInvalid(adapter.name, None, rule)
+    return tuple(saved)
 
 
 def _pattern(adapter: Adapter, field: str) -> dict[str, Any]:
@@ -175,10 +231,15 @@ def _pattern(adapter: Adapter, field: str) -> dict[str, Any]:
     return dict(pattern)
 
 
-def _refuse_features(adapter: Adapter) -> None:
-    for field, words in _ENVELOPE_FEATURES.items():
-        if adapter.config.get(field) not in (None, False, "none", [], {}):
-            rule = f"it uses {words} ({field}), for which the envelope has no place"
+def _refuse_features(adapter: Adapter, settings: Settings, envelope: Envelope) -> None:
+    for field in ("use_dora", "lora_bias", "modules_to_save"):
+        asked, given = getattr(settings, field), getattr(envelope, field)
+        if asked and not given:  # even where the tensors are missing: PEFT would make them up
+            rule = f"it has {field}={adapter.config[field]!r}, and the envelope has {given!r}"
+            raise FeatureOutsideEnvelope(adapter.name, None, rule)
+    for field, words in _NO_PLACE.items():
+        if adapter.config.get(field) not in (None, [], {}):
+            rule = f"it uses {words} ({field}), for which no envelope has a place"
             raise FeatureOutsideEnvelope(adapter.name, None, rule)
     for field in _OTHER_METHODS:
         if adapter.config.get(field):
@@ -189,17 +250,37 @@ def _refuse_features(adapter: Adapter) -> None:
         raise AdapterRefused(adapter.name, None, rule)
 
 
+def _check_base_weight(adapter: Adapter, key: str, layout: Layout) -> None:
+    dtype, digest = layout.base_weights[key]
+    if not digest:
+        rule = "it is a base weight, and the layout was made without the base model's weights"
+        raise FeatureOutsideEnvelope(adapter.name, key, rule)
+    if tensor_digest(adapter.tensors[key].to(getattr(torch, dtype))) != digest:
+        rule = "it is a base weight, and not the one that this base model has"
+        raise FeatureOutsideEnvelope(adapter.name, key, rule)
+
+
 def _unplaced(adapter: Adapter, key: str, layout: Layout) -> AdapterRefused:
+    envelope = layout.envelope
     if match := _PAIR.fullmatch(key):
         module = match["module"].removeprefix("base_model.model.")
         rule = (
             f"module {module!r} is not one of the envelope's targets "
-            f"({_shown(layout.envelope.target_modules)})"
+            f"({_shown(envelope.target_modules)})"
         )
         return TargetOutsideEnvelope(adapter.name, key, rule)
-    what = "a part of LoRA" if ".lora_" in key else "a weight of the base model"
-    rule = f"it is {what} for which the envelope has no place"
-    return FeatureOutsideEnvelope(adapter.name, key, rule)
+    if key.endswith(".lora_magnitude_vector"):
+        what = "it is a DoRA magnitude that the envelope has no place for"
+    elif key.endswith(".lora_B.bias"):
+        what = "it is a bias of lora_B that the envelope has no place for"
+    elif key.endswith(".bias") and adapter.config.get("bias", "none") != "none":
+        what = f"it is a trained bias, and the envelope has bias={envelope.bias!r}"
+    elif ".lora_" in key:
+        what = "it is a part of LoRA for which no envelope has a place"
+    else:
+        saved = _shown(envelope.modules_to_save) if envelope.modules_to_save else "none"
+        what = f"it is a weight of the base model, and of no saved module of the envelope ({saved})"
+    return FeatureOutsideEnvelope(adapter.name, key, what)
 
 
 def _shown(targets: str | tuple[str, ...]) -> str:
@@ -209,25 +290,63 @@ def _shown(targets: str | tuple[str, ...]) -> str:
     return ", ".join(targets[:8]) + more
 
 
-def _check_tensor(
-    adapter: Adapter, entry: Entry, tensor: torch.Tensor, layout: Layout, rank: int
+def _check_configured(adapter: Adapter, entry: Entry, settings: Settings) -> None:
+    """The tensor has a place. Does the configuration speak of it as well?"""
+    rule = None
+    if entry.role == MAGNITUDE and not settings.use_dora:
+        rule = "it is a DoRA magnitude, and the configuration says use_dora=False"
+    elif entry.role == LORA_BIAS.suffix and not settings.lora_bias:
+        rule = "it is a bias of lora_B, and the configuration says lora_bias=False"
+    elif entry.role == BIAS and settings.bias == "none":
+        rule = "it is a trained bias, and the configuration says bias='none'"
+    elif entry.role == SAVED and not settings.saves(entry.module):
+        rule = f"module {entry.module!r} is not in the configuration's modules_to_save"
+    if rule is not None:
+        raise AdapterConfigInvalid(adapter.name, entry.key, rule)
+
+
+def _check_absent(
+    adapter: Adapter, entry: Entry, settings: Settings, ranks: Mapping[str, int]
 ) -> None:
-    if tensor.dtype not in _FLOATS:
+    """The tensor is not there. May it be absent?"""
+    rule = None
+    if entry.role == SAVED and settings.saves(entry.module):
+        rule = f"the configuration saves module {entry.module!r}, and it is not there"
+    elif entry.module not in ranks:
+        return
+    elif entry.padding is not None:
+        rule = "its LoRA pair is there and it is not"
+    elif entry.role == MAGNITUDE and settings.use_dora:
+        rule = "the configuration says use_dora=True, and it is not there"
+    elif entry.role == LORA_BIAS.suffix and settings.lora_bias:
+        rule = "the configuration says lora_bias=True, and it is not there"
+    if rule is not None:
+        raise MissingTensor(adapter.name, entry.key, rule)
+
+
+def _check_tensor(adapter: Adapter, entry: Entry, tensor: torch.Tensor, rank: int) -> None:
+    expected_dtype = getattr(torch, entry.dtype)
+    if tensor.dtype != expected_dtype and not {tensor.dtype, expected_dtype} <= _FLOATS:
         raise AdapterRefused(adapter.name, entry.key, f"dtype {tensor.dtype} is not supported")
     found, expected = list(tensor.shape), list(entry.shape)
     if len(found) != len(expected):
         raise ShapeMismatch(adapter.name, entry.key, f"its shape is {found}, not {expected}")
-    if entry.rank_dim is not None:
-        found_rank = found[entry.rank_dim]
-        expected[entry.rank_dim] = found_rank
+    padding = entry.padding
+    if padding is not None:
+        expected[padding.dim] = found[padding.dim]
     if found != expected:
         rule = f"its shape is {found}, and the base model's layer needs {expected}"
         raise ShapeMismatch(adapter.name, entry.key, rule)
-    if entry.rank_dim is None:
+    if padding is None:
         return
-    if found_rank != rank:
+    shares = padding.groups * padding.per_index
+    if rank % shares:
+        rule = f"rank {rank} is not a multiple of the convolution's {shares} groups"
+        raise RankMismatch(adapter.name, entry.key, rule)
+    if found[padding.dim] != padding.size(rank):
+        found_rank = found[padding.dim] * padding.per_index
         rule = f"its rank is {found_rank}, and the configuration says {rank}"
         raise RankMismatch(adapter.name, entry.key, rule)
-    if rank > layout.envelope.max_rank:
-        rule = f"rank {rank} is above the envelope's highest rank {layout.envelope.max_rank}"
+    if rank > padding.max_rank:
+        rule = f"rank {rank} is above the envelope's highest rank {padding.max_rank}"
         raise RankOverEnvelope(adapter.name, entry.key, rule)

@@ -7,20 +7,20 @@ it is a copy and nothing else.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from blake3 import blake3
 
 from .errors import ImageCorrupted, NonFinite
 from .fit import Fit, fit
-from .layout import Entry, Layout
+from .layout import SCALING, Entry, Layout
+from .memory import Bytes, allocate, row_major
 from .revision import BASE, Revision
 from .source import Adapter, load_adapter
 
@@ -31,13 +31,15 @@ CONFIG_FIELDS = (
     "rank_pattern",
     "alpha_pattern",
     "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "bias",
+    "modules_to_save",
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
 )
-
-Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,8 +52,11 @@ class AdapterImage:
         blocks: one uint8 array per block of the layout, read-only. Ray's object store and any
             other pickle protocol 5 transport carry them out of band, without a copy.
         config: the fields of the adapter's configuration that `CONFIG_FIELDS` names.
-        ranks: module → unpadded rank, for the modules that the adapter changes.
-        digest: SHA-256 of everything above; a slot checks it before it takes the image.
+        ranks: module → unpadded rank, for the LoRA layers that the adapter changes.
+        written: the layout's entries that hold something of the adapter's, by index, ascending. A
+            slot lets the others rest.
+        arrived_as: the digest that it came with from another process or from a file; None for an
+            image that was packed here. A slot checks the bytes against it before it takes them.
     """
 
     revision: Revision
@@ -59,7 +64,9 @@ class AdapterImage:
     blocks: tuple[Bytes, ...]
     config: Mapping[str, Any]
     ranks: Mapping[str, int]
-    digest: str
+    written: tuple[int, ...]
+    arrived_as: str | None = None
+    _known: list[str] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for block in self.blocks:  # a slot on the CPU may read them where they are
@@ -70,23 +77,64 @@ class AdapterImage:
         """Bytes of all blocks."""
         return sum(block.nbytes for block in self.blocks)
 
+    @property
+    def digest(self) -> str:
+        """64 hex characters over everything above. Computed when it is first asked for: an image
+        that never leaves its process does not need one.
+        """
+        if not self._known:
+            self._known.append(self._compute_digest())
+        return self._known[0]
+
     def check(self) -> None:
-        """Compare the bytes with the digest.
+        """Compare the bytes with the digest that they arrived with; once, since they are read-only.
 
         Raises:
             ImageCorrupted: they differ.
         """
-        digest = _digest(
-            self.revision, self.layout_fingerprint, self.blocks, [self.config, self.ranks]
-        )
-        if digest != self.digest:
-            rule = f"its bytes have digest {digest[:8]} and were packed with {self.digest[:8]}"
+        if self.arrived_as is not None and self.digest != self.arrived_as:
+            rule = f"its bytes have digest {self.digest[:8]} and left with {self.arrived_as[:8]}"
             raise ImageCorrupted(str(self.revision), rule)
 
+    def is_like(self, other: AdapterImage) -> bool:
+        """Whether committing either gives the same slot: packing is deterministic."""
+        return self._identity() == other._identity()
+
+    def _identity(self) -> tuple[Revision, str]:
+        return self.revision, self.layout_fingerprint
+
+    def _compute_digest(self) -> str:
+        head = [self.revision.name, self.revision.digest, self.layout_fingerprint]
+        notes = [dict(self.config), dict(self.ranks), list(self.written)]
+        digest = blake3(json.dumps([head, notes], sort_keys=True).encode())
+        for block in self.blocks:
+            digest.update(block.data)
+        return digest.hexdigest()
+
     def __reduce__(self) -> tuple[Callable[..., AdapterImage], tuple[Any, ...]]:
-        # through the constructor, so that a copy's blocks are read-only too
+        # through the constructor, so that a copy's blocks are read-only too, and with the digest
         parts = (self.revision, self.layout_fingerprint, self.blocks, self.config, self.ranks)
-        return _rebuild, (*parts, self.digest)
+        return _rebuild, (*parts, self.written, self.digest)
+
+
+def _rebuild(
+    revision: Revision,
+    layout_fingerprint: str,
+    blocks: tuple[Bytes, ...],
+    config: Mapping[str, Any],
+    ranks: Mapping[str, int],
+    written: tuple[int, ...],
+    arrived_as: str,
+) -> AdapterImage:
+    return AdapterImage(
+        revision=revision,
+        layout_fingerprint=layout_fingerprint,
+        blocks=blocks,
+        config=config,
+        ranks=ranks,
+        written=written,
+        arrived_as=arrived_as,
+    )
 
 
 def pack(
@@ -101,8 +149,9 @@ def pack(
 ) -> AdapterImage:
     """Load an adapter, check it against a layout, and write its image. Host only.
 
-    Ranks are padded with zeros, weights are cast into the slot's dtype, and modules that the
-    adapter leaves alone are zero. The keyword arguments are those of
+    Ranks are padded with zeros, weights are cast into the slot's dtype, and what the adapter leaves
+    alone stays zero; where zero would be wrong (saved modules, biases, DoRA magnitudes) the slot
+    puts the base model's values. The keyword arguments are those of
     `hotswap_lib.source.load_adapter`.
 
     Raises:
@@ -119,8 +168,14 @@ def pack(
     fitted = fit(adapter, layout)
     blocks = _write(fitted, layout)
     _check_finite(adapter, fitted, layout, blocks)
-    config = {field: adapter.config.get(field) for field in CONFIG_FIELDS}
-    return _image(adapter.revision, layout, blocks, config, fitted.ranks)
+    return AdapterImage(
+        revision=adapter.revision,
+        layout_fingerprint=layout.fingerprint,
+        blocks=tuple(blocks),
+        config={field: adapter.config.get(field) for field in CONFIG_FIELDS},
+        ranks=fitted.ranks,
+        written=tuple(write.index for write in fitted.writes),
+    )
 
 
 def null_image(layout: Layout) -> AdapterImage:
@@ -135,11 +190,20 @@ def null_image(layout: Layout) -> AdapterImage:
         "r": envelope.max_rank,
         "lora_alpha": envelope.max_rank,
         "use_rslora": False,
+        "use_dora": False,
+        "lora_bias": False,
+        "bias": "none",
         "target_modules": targets if isinstance(targets, str) else list(targets),
     }
-    blocks = _empty_blocks(layout)
-    ranks = {e.module: e.shape[e.rank_dim] for e in layout.entries if e.rank_dim is not None}
-    return _image(BASE, layout, blocks, config, ranks)
+    padded = {i: entry for i, entry in enumerate(layout.entries) if entry.padding is not None}
+    return AdapterImage(
+        revision=BASE,
+        layout_fingerprint=layout.fingerprint,
+        blocks=tuple(allocate(block.nbytes) for block in layout.blocks),
+        config=config,
+        ranks={entry.module: envelope.max_rank for entry in padded.values()},
+        written=tuple(padded),
+    )
 
 
 def as_tensor(block: Bytes) -> torch.Tensor:
@@ -158,23 +222,33 @@ class _Writable:
         self.__array_interface__ = {**block.__array_interface__, "data": (pointer, False)}
 
 
-def _empty_blocks(layout: Layout) -> list[Bytes]:
-    # torch's allocator, because numpy's aligns to 16 bytes only, and misaligned copies are slower
-    return [torch.zeros(block.nbytes, dtype=torch.uint8).numpy() for block in layout.blocks]
-
-
 def _write(fitted: Fit, layout: Layout) -> list[Bytes]:
-    blocks = _empty_blocks(layout)
-    views = [torch.from_numpy(block) for block in blocks]
-    for entry, tensor in fitted.writes:
-        target = entry.view(views[entry.block])
-        if entry.rank_dim is not None:
-            target = target.narrow(entry.rank_dim, 0, tensor.shape[entry.rank_dim])
-        target.copy_(tensor)
+    blocks = [allocate(block.nbytes) for block in layout.blocks]
+    kinds = {(entry.block, entry.dtype) for entry in layout.entries}
+    flat = {
+        (block, dtype): torch.from_numpy(blocks[block]).view(getattr(torch, dtype))
+        for block, dtype in kinds
+    }
+    for write in fitted.writes:
+        entry, shape = write.entry, list(write.entry.shape)
+        if entry.padding is not None and entry.padding.groups > 1:
+            entry.padding.write(_at(flat, entry, shape), write.tensor, write.rank)
+            continue
+        if entry.padding is not None:
+            shape[entry.padding.dim] = entry.padding.size(write.rank)
+        _at(flat, entry, shape).copy_(write.tensor)
     for entry in layout.entries:
-        if entry.is_scaling and entry.module in fitted.scalings:
-            entry.view(views[entry.block]).fill_(fitted.scalings[entry.module])
+        if entry.role == SCALING and entry.module in fitted.scalings:
+            _at(flat, entry, []).fill_(fitted.scalings[entry.module])
     return blocks
+
+
+def _at(
+    flat: Mapping[tuple[int, str], torch.Tensor], entry: Entry, shape: Sequence[int]
+) -> torch.Tensor:
+    # one call into torch for each of hundreds of tensors, where slicing would take four
+    typed = flat[entry.block, entry.dtype]
+    return typed.as_strided(shape, row_major(entry.shape), entry.offset // typed.itemsize)
 
 
 def _check_finite(adapter: Adapter, fitted: Fit, layout: Layout, blocks: Sequence[Bytes]) -> None:
@@ -183,52 +257,15 @@ def _check_finite(adapter: Adapter, fitted: Fit, layout: Layout, blocks: Sequenc
     for entry in layout.entries:
         groups.setdefault((entry.block, entry.dtype), []).append(entry)
     for (block, dtype), entries in groups.items():
+        if not getattr(torch, dtype).is_floating_point:
+            continue
         raw = torch.from_numpy(blocks[block])
         span = raw[entries[0].offset : entries[-1].offset + entries[-1].nbytes]
         if bool(torch.isfinite(torch.stack(torch.aminmax(span.view(getattr(torch, dtype))))).all()):
             continue
-        for entry, tensor in fitted.writes:
-            stored = tensor.isfinite().all()
+        for write in fitted.writes:
+            entry, stored = write.entry, write.tensor.isfinite().all()
             if not stored or not entry.view(torch.from_numpy(blocks[entry.block])).isfinite().all():
                 cast = f" once it is cast to {entry.dtype}" if stored else ""
                 raise NonFinite(adapter.name, entry.key, f"it holds NaN or infinity{cast}")
         raise AssertionError("fit lets no scaling through that float32 cannot hold")
-
-
-def _image(
-    revision: Revision,
-    layout: Layout,
-    blocks: Sequence[Bytes],
-    config: Mapping[str, Any],
-    ranks: Mapping[str, int],
-) -> AdapterImage:
-    digest = _digest(revision, layout.fingerprint, blocks, [config, ranks])
-    return _rebuild(revision, layout.fingerprint, tuple(blocks), config, ranks, digest)
-
-
-def _rebuild(
-    revision: Revision,
-    layout_fingerprint: str,
-    blocks: tuple[Bytes, ...],
-    config: Mapping[str, Any],
-    ranks: Mapping[str, int],
-    digest: str,
-) -> AdapterImage:
-    return AdapterImage(
-        revision=revision,
-        layout_fingerprint=layout_fingerprint,
-        blocks=blocks,
-        config=config,
-        ranks=ranks,
-        digest=digest,
-    )
-
-
-def _digest(
-    revision: Revision, fingerprint: str, blocks: Sequence[Bytes], notes: Sequence[Any]
-) -> str:
-    head = [revision.name, revision.digest, fingerprint, *notes]
-    sha = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
-    for block in blocks:
-        sha.update(block.data)
-    return sha.hexdigest()

@@ -11,42 +11,100 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from .envelope import Envelope
+from .memory import ALIGNMENT
 
-# Inductor clones inputs that are not 16-byte aligned on every call, and 64 is a cache line.
-ALIGNMENT = 64
 SCALING = "scaling"
+BIAS = "bias"
+SAVED = "saved"
+MAGNITUDE = "lora_magnitude_vector"
+
+Rest = Literal["zeros", "base", "norm"]
+"""What a tensor holds while the live adapter says nothing about it: zeros, the base model's own
+values, or the weight norm with which a DoRA layer computes plain LoRA."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Padding:
+    """How a tensor of lower rank lies in one of the envelope's rank; the rest of it is zero.
+
+    Attributes:
+        dim: the dimension that is the rank.
+        max_rank: the rank that fills it.
+        groups: the dimension holds this many groups of ranks, each padded for itself: the groups
+            of a convolution, in lora_A.
+        per_index: ranks that share one index: the groups of a convolution, in lora_B.
+    """
+
+    dim: int
+    max_rank: int
+    groups: int = 1
+    per_index: int = 1
+
+    def size(self, rank: int) -> int:
+        """The dimension's size for a rank that is divisible by groups."""
+        return rank // self.per_index
+
+    def window(self, padded: torch.Tensor, rank: int) -> torch.Tensor:
+        """A view of the part that belongs to ``rank``; with groups, these are a dimension more."""
+        size = self.size(rank) // self.groups
+        if self.groups > 1:
+            padded = _split(padded, self.dim, self.groups)
+        return padded.narrow(self.dim + (self.groups > 1), 0, size)
+
+    def write(self, padded: torch.Tensor, own: torch.Tensor, rank: int) -> None:
+        """Copy a tensor of its own rank into its part of the padded one."""
+        if self.groups > 1:
+            own = _split(own, self.dim, self.groups)
+        self.window(padded, rank).copy_(own)
+
+    def read(self, padded: torch.Tensor, rank: int) -> torch.Tensor:
+        """The tensor of its own rank again: a view, or a copy where there are groups."""
+        window = self.window(padded, rank)
+        return window.flatten(self.dim, self.dim + 1) if self.groups > 1 else window
+
+
+def _split(tensor: torch.Tensor, dim: int, groups: int) -> torch.Tensor:
+    shape = tensor.shape
+    return tensor.view(*shape[:dim], groups, shape[dim] // groups, *shape[dim + 1 :])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A tensor that wants a place: an entry before its offset is known."""
+    """A tensor that wants a place: an entry before its offset is known.
+
+    Attributes:
+        key: its key in a PEFT checkpoint; for a scaling, the module's key and ``.scaling``.
+        module: the module's name as PEFT's rank and alpha patterns see it.
+        role: ``lora_A.weight``, ..., `SCALING`, `BIAS`, `MAGNITUDE`, or `SAVED`.
+        shape: padded shape; ``()`` for a scaling.
+        padding: how ranks are padded; None where the shape does not depend on the rank.
+        rest: what it holds while the live adapter says nothing about it.
+        dtype: ``"float32"`` and so on.
+        device: where it lies in the model.
+    """
 
     key: str
     module: str
     role: str
     shape: tuple[int, ...]
-    rank_dim: int | None
     dtype: str
     device: str
+    padding: Padding | None = None
+    rest: Rest = "zeros"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One swappable tensor.
+    """One swappable tensor: a `Place` and where that is.
 
     Attributes:
-        key: its key in a PEFT checkpoint; for a scaling, the module's key and ``.scaling``.
-        module: the module's name as PEFT's rank and alpha patterns see it.
-        role: the key's last part: ``lora_A.weight``, ``lora_B.weight``, ..., ``scaling``.
-        shape: padded shape; ``()`` for a scaling.
-        rank_dim: the dimension that is padded to the envelope's rank, None where there is none.
-        dtype: ``"float32"`` and so on.
         block: which block it lies in, counted from 0.
         offset: bytes from the start of that block.
         nbytes: size, without the gap to the next entry.
@@ -56,8 +114,9 @@ class Entry:
     module: str
     role: str
     shape: tuple[int, ...]
-    rank_dim: int | None
     dtype: str
+    padding: Padding | None
+    rest: Rest
     block: int
     offset: int
     nbytes: int
@@ -90,6 +149,9 @@ class Layout:
         blocks: one for each device.
         envelope: what was asked for.
         base_model: the base model's name or path where it has one; for people to read.
+        base_weights: checkpoint key → dtype and digest of a weight of the base model that PEFT
+            writes into checkpoints beside LoRA on embeddings. It has no place in the slot: an
+            adapter may carry it if it is the base model's own.
         fingerprint: 64 hex characters; equal ones take each other's images byte for byte. Device
             names are left out, so that one image packed on the host serves replicas on cuda:0 and
             on cuda:1; how the entries are split into blocks is in. The base model's name is left
@@ -100,6 +162,7 @@ class Layout:
     blocks: tuple[Block, ...]
     envelope: Envelope
     base_model: str | None = None
+    base_weights: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -113,14 +176,29 @@ class Layout:
 
 def _fingerprint(entries: Sequence[Entry], blocks: Sequence[Block]) -> str:
     table = [
-        [e.key, e.module, e.role, e.shape, e.rank_dim, e.dtype, e.block, e.offset, e.nbytes]
+        (
+            *(e.key, e.module, e.role, e.shape, e.dtype, _shown(e.padding), e.rest),
+            *(e.block, e.offset, e.nbytes),
+        )
         for e in entries
     ]
     sizes = [block.nbytes for block in blocks]
-    return hashlib.sha256(json.dumps(["hotswap-layout-1", sizes, table]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(["hotswap-layout-2", sizes, table]).encode()).hexdigest()
 
 
-def lay_out(places: Iterable[Place], envelope: Envelope, *, base_model: str | None) -> Layout:
+def _shown(padding: Padding | None) -> list[int] | None:
+    if padding is None:
+        return None
+    return [padding.dim, padding.max_rank, padding.groups, padding.per_index]
+
+
+def lay_out(
+    places: Iterable[Place],
+    envelope: Envelope,
+    *,
+    base_model: str | None,
+    base_weights: Mapping[str, tuple[str, str]] | None = None,
+) -> Layout:
     """Give each place its block and offset, in the order given, device by device."""
     places = list(places)
     devices = list(dict.fromkeys(place.device for place in places))
@@ -134,7 +212,11 @@ def lay_out(places: Iterable[Place], envelope: Envelope, *, base_model: str | No
             entries += placed
         blocks.append(Block(device=device, nbytes=offset))
     return Layout(
-        entries=tuple(entries), blocks=tuple(blocks), envelope=envelope, base_model=base_model
+        entries=tuple(entries),
+        blocks=tuple(blocks),
+        envelope=envelope,
+        base_model=base_model,
+        base_weights=base_weights or {},
     )
 
 
@@ -148,8 +230,9 @@ def _fill(places: Sequence[Place], block: int, offset: int) -> tuple[list[Entry]
                 module=place.module,
                 role=place.role,
                 shape=place.shape,
-                rank_dim=place.rank_dim,
                 dtype=place.dtype,
+                padding=place.padding,
+                rest=place.rest,
                 block=block,
                 offset=offset,
                 nbytes=nbytes,

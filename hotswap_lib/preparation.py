@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from peft import PeftModel
 
-from . import attachment, layers
+from . import attachment, layers, sites
 from .envelope import Envelope
 from .errors import InvalidEnvelope, NotPrepared
 from .fit import read_settings
-from .image import pack
+from .image import null_image, pack
 from .layout import lay_out
 from .slot import Slot
 from .source import Adapter
@@ -58,7 +58,7 @@ def prepare(
     if envelope is None:
         assert adapter is not None
         envelope = _smallest_envelope(model, adapter, adapter_name)
-    envelope.refuse_unsupported()
+    _refuse_shared_biases(model, envelope, adapter, adapter_name)
     slot = _build(model, envelope, adapter, adapter_name)
     attachment.attach(slot)
     return slot
@@ -78,23 +78,56 @@ def _smallest_envelope(model: torch.nn.Module, adapter: Adapter, adapter_name: s
     modules = list(layers.lora_layers(model, adapter_name))
     if not modules:
         raise NotPrepared(adapter_name, "the adapter has no LoRA layers")
-    return Envelope(max_rank=max(map(settings.rank, modules)), target_modules=modules)
+    return Envelope(
+        max_rank=max(map(settings.rank, modules)),
+        target_modules=modules,
+        modules_to_save=list(layers.saved_modules(model, adapter_name)),
+        use_dora=settings.use_dora,
+        bias=settings.bias,
+        lora_bias=settings.lora_bias,
+    )
+
+
+def _refuse_shared_biases(
+    model: torch.nn.Module, envelope: Envelope, adapter: Adapter | None, adapter_name: str
+) -> None:
+    """All adapters of a model share the base layers' own biases: there is one place for them.
+
+    Raises:
+        NotPrepared: the model's adapter has put its biases over the base model's.
+        InvalidEnvelope: another slot of this model holds them.
+    """
+    if adapter is not None and read_settings(adapter).bias != "none":
+        rule = (
+            "loading an adapter with trained biases has overwritten the base model's own, which "
+            "other adapters need: prepare the base model, then commit this adapter"
+        )
+        raise NotPrepared(adapter_name, rule)
+    if envelope.bias != "none":
+        for other in attachment.slots(model):
+            if other.envelope.bias != "none":
+                rule = f"slot {other.adapter_name!r} of this model holds the base layers' biases"
+                raise InvalidEnvelope("bias", rule)
 
 
 def _build(
     model: torch.nn.Module, envelope: Envelope, adapter: Adapter | None, adapter_name: str
 ) -> Slot:
     undo = layers.Undo(model, adapter_name)
-    dtype = layers.parameter_dtype(model, adapter_name)
+    dtype = sites.parameter_dtype(model, adapter_name)
     try:
         peft_model = layers.inject(model, envelope, adapter_name)
+        found = list(sites.sites(peft_model, envelope, adapter_name, dtype))
         layout = lay_out(
-            layers.places(peft_model, envelope, adapter_name, dtype),
+            (site.place for site in found),
             envelope,
             base_model=getattr(getattr(peft_model, "config", None), "_name_or_path", None),
+            base_weights=sites.base_weights(peft_model, adapter_name),
         )
-        image = None if adapter is None else pack(adapter, layout)
+        image = null_image(layout) if adapter is None else pack(adapter, layout)
+        slot = Slot(peft_model, layout, adapter_name, found, first=image)
     except BaseException:
         undo.restore()
         raise
-    return Slot(peft_model.eval(), layout, adapter_name, first=image)
+    peft_model.eval()
+    return slot

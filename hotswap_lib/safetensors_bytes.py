@@ -11,7 +11,10 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import torch
+
+from .memory import Bytes, row_major
 
 _HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit
 _DTYPES = {
@@ -30,34 +33,40 @@ _DTYPES = {
 }
 
 
-def parse(content: bytes | bytearray) -> dict[str, torch.Tensor]:
+def parse(content: bytes | Bytes) -> dict[str, torch.Tensor]:
     """All tensors of one safetensors file.
+
+    Args:
+        content: the file; an array is kept and read in place, bytes are copied once.
 
     Raises:
         ValueError: with what is wrong, as the end of a sentence that begins with the file's name.
     """
-    # torch wants writable memory; a bytes object is copied once, a bytearray is not
-    buffer = content if isinstance(content, bytearray) else bytearray(content)
+    # torch wants memory that it may write to
+    buffer = np.frombuffer(bytearray(content), np.uint8) if isinstance(content, bytes) else content
     header, start = _header(buffer)
-    tensors = {}
+    specs = {}
     end = 0
     for name, spec in sorted(header.items(), key=lambda item: _offsets(*item)):
-        begin, end = _check_spec(name, spec, end)
-        tensors[name] = _tensor(buffer, spec, start + begin, start + end)
+        specs[name] = _check_spec(name, spec, end)
+        end = specs[name][1]
     if start + end != len(buffer):
         raise ValueError(
             f"is truncated or corrupt: its header describes {start + end} bytes and it has "
             f"{len(buffer)}"
         )
-    return tensors
+    return _tensors(torch.from_numpy(buffer)[start:], specs)
 
 
-def _header(buffer: bytearray) -> tuple[dict[str, Any], int]:
-    length = int.from_bytes(buffer[:8], "little")
+_Spec = tuple[int, int, torch.dtype, list[int]]
+
+
+def _header(buffer: Bytes) -> tuple[dict[str, Any], int]:
+    length = int.from_bytes(buffer[:8].tobytes(), "little")
     if len(buffer) < 8 or length > min(_HEADER_LIMIT_BYTES, len(buffer) - 8):
         raise ValueError("is truncated or is not a safetensors file: its header does not fit in it")
     try:
-        header = json.loads(buffer[8 : 8 + length])
+        header = json.loads(buffer[8 : 8 + length].tobytes())
     except ValueError as error:
         raise ValueError(f"has a header that is not JSON: {error}") from error
     if not isinstance(header, dict):
@@ -74,7 +83,7 @@ def _offsets(name: str, spec: Any) -> tuple[int, int]:
         raise ValueError(f"has a header without offsets for tensor {name!r}") from error
 
 
-def _check_spec(name: str, spec: dict[str, Any], previous_end: int) -> tuple[int, int]:
+def _check_spec(name: str, spec: dict[str, Any], previous_end: int) -> _Spec:
     begin, end = _offsets(name, spec)
     dtype = _DTYPES.get(str(spec.get("dtype")))
     if dtype is None:
@@ -84,12 +93,22 @@ def _check_spec(name: str, spec: dict[str, Any], previous_end: int) -> tuple[int
         raise ValueError(f"has tensor {name!r} of invalid shape {shape!r}")
     if begin != previous_end or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"is corrupt: tensor {name!r} has offsets {begin} to {end}")
-    return begin, end
+    return begin, end, dtype, shape
 
 
-def _tensor(buffer: bytearray, spec: dict[str, Any], begin: int, end: int) -> torch.Tensor:
-    dtype, shape = _DTYPES[spec["dtype"]], spec["shape"]
-    if begin == end or end > len(buffer):  # past the end: the caller reports the whole file
-        return torch.empty(shape if begin == end else 0, dtype=dtype)
-    count = (end - begin) // dtype.itemsize
-    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=begin).view(shape)
+def _tensors(data: torch.Tensor, specs: dict[str, _Spec]) -> dict[str, torch.Tensor]:
+    typed: dict[torch.dtype, torch.Tensor] = {}
+    tensors = {}
+    for name, (begin, end, dtype, shape) in specs.items():
+        if (data.storage_offset() + begin) % dtype.itemsize:  # legal, though nobody writes such
+            tensors[name] = data[begin:end].clone().view(dtype).view(shape)
+            continue
+        if dtype not in typed:
+            first = -data.storage_offset() % dtype.itemsize
+            whole = (len(data) - first) // dtype.itemsize * dtype.itemsize
+            typed[dtype] = data[first : first + whole].view(dtype)
+        flat = typed[dtype]
+        offset = (data.storage_offset() + begin) // dtype.itemsize
+        # one call for each tensor: there are hundreds of them in an adapter
+        tensors[name] = flat.as_strided(shape, row_major(shape), offset)
+    return tensors

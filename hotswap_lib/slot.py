@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
 
 from . import layers
+from .dora import drop_cache, neutral_magnitude
 from .envelope import Envelope
 from .errors import (
     ForeignStaged,
@@ -26,9 +28,11 @@ from .errors import (
     SlotTensorMoved,
     VerifyFailed,
 )
-from .image import AdapterImage, as_tensor, null_image
-from .layout import Layout
+from .image import AdapterImage, as_tensor
+from .layout import SCALING, Block, Entry, Layout
+from .memory import allocate
 from .revision import Revision
+from .sites import Site, sites
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,7 +41,8 @@ class Staged:
 
     Attributes:
         image: what was staged. On the CPU its read-only memory is what a commit copies from.
-        blocks: its bytes on the slot's devices (uint8, one dimension each).
+        blocks: its bytes on the slot's devices (uint8, one dimension each), with the base model's
+            values where the image has none.
         slot: the one slot that takes it.
     """
 
@@ -79,22 +84,35 @@ class Slot:
     """
 
     def __init__(
-        self, model: PeftModel, layout: Layout, adapter_name: str, *, first: AdapterImage | None
+        self,
+        model: PeftModel,
+        layout: Layout,
+        adapter_name: str,
+        found: Sequence[Site],
+        *,
+        first: AdapterImage,
     ) -> None:
         self.model = model
         self.layout = layout
         self.adapter_name = adapter_name
         self._lock = threading.RLock()
+        self._layers = layers.lora_layers(model, adapter_name)
+        self._may_rest = [(i, e) for i, e in enumerate(layout.entries) if e.rest != "zeros"]
+        self._base = {site.place.key: site.resting for site in found}
         with torch.inference_mode(False):  # inference tensors could never be written to again
-            self._arenas = [
-                torch.zeros(block.nbytes, dtype=torch.uint8, device=block.device)
-                for block in layout.blocks
-            ]
-            self._tensors = layers.bind(model, layout, adapter_name, self._arenas)
+            self._arenas = [_arena(block) for block in layout.blocks]
+            self._current = self.stage(first)
+            self._previous: Staged | None = None
+            for arena, block in zip(self._arenas, self._current.blocks, strict=True):
+                arena.copy_(block)
+            entries = {entry.key: entry for entry in layout.entries}
+            # last, and nothing in it can fail: the model changes here
+            self._tensors = {
+                key: site.put(entries[key].view(self._arenas[entries[key].block]))
+                for key, site in ((site.place.key, site) for site in found)
+            }
         self._pointers = {key: tensor.data_ptr() for key, tensor in self._tensors.items()}
-        self._current = self.stage(first or null_image(layout))
-        self._previous: Staged | None = None
-        self._make_live(self._current, previous=None)
+        self._publish(self._config_of(first))
 
     @property
     def envelope(self) -> Envelope:
@@ -111,11 +129,17 @@ class Slot:
         """The image that is live now."""
         return self._current.image
 
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Entry key → the tensor that the model holds. Read them; only a commit writes them."""
+        return self._tensors
+
     def stage(self, image: AdapterImage) -> Staged:
         """Check an image and bring it next to the slot; the live weights are untouched.
 
         On the CPU nothing is copied: the image's arrays are read-only, and the staged image keeps
-        them alive, in Ray's object store too.
+        them alive, in Ray's object store too. (Unless the base model's values have to be filled in
+        for saved modules, biases or DoRA magnitudes that the adapter does not have.)
 
         Raises:
             LayoutMismatch: it was packed for another layout.
@@ -128,14 +152,40 @@ class Slot:
             )
             raise LayoutMismatch(str(image.revision), rule)
         image.check()
-        blocks = tuple(
+        blocks = [
             as_tensor(block).to(arena.device)
             for block, arena in zip(image.blocks, self._arenas, strict=True)
-        )
-        return Staged(image=image, blocks=blocks, slot=self)
+        ]
+        self._let_rest(image, blocks)
+        return Staged(image=image, blocks=tuple(blocks), slot=self)
+
+    def _let_rest(self, image: AdapterImage, blocks: list[torch.Tensor]) -> None:
+        written = set(image.written) if self._may_rest else ()
+        resting = [entry for index, entry in self._may_rest if index not in written]
+        for block in {entry.block for entry in resting}:
+            if blocks[block].device.type == "cpu":  # still the image's own memory
+                blocks[block] = blocks[block].clone()
+        if any(entry.rest == "norm" for entry in resting):
+            live = {entry.key: entry.view(blocks[entry.block]) for entry in self.layout.entries}
+        for entry in resting:
+            target = entry.view(blocks[entry.block])
+            if entry.rest == "norm":
+                target.copy_(self._neutral_magnitude(entry, live))
+            else:
+                values = self._base[entry.key]
+                assert values is not None
+                target.copy_(values)
+
+    def _neutral_magnitude(self, entry: Entry, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        stem = entry.key.removesuffix(entry.role)
+        tensors = {key.removeprefix(stem): live[key] for key in live if key.startswith(stem)}
+        scaling = tensors.pop(SCALING)
+        return neutral_magnitude(self._layers[entry.module], self.adapter_name, tensors, scaling)
 
     def commit(self, staged: Staged) -> Receipt:
         """Make a staged image live. Committing what is live already writes it again.
+
+        Whatever interrupts it, the slot holds the one image or the other, never a mix.
 
         Raises:
             ForeignStaged: it was staged by another slot.
@@ -144,8 +194,8 @@ class Slot:
             raise ForeignStaged(str(staged.revision), "it was staged by another slot")
         with self._lock:
             before = self._current
-            # by content: committing the same adapter twice keeps the way back to the other one
-            again = staged.image.digest == before.image.digest
+            # committing the same adapter twice keeps the way back to the other one
+            again = staged.image.is_like(before.image)
             return self._make_live(staged, previous=self._previous if again else before)
 
     def rollback(self) -> Receipt:
@@ -169,7 +219,10 @@ class Slot:
         with self._lock:
             self.check_pinned()
             for arena, block in zip(self._arenas, self._current.blocks, strict=True):
-                if not torch.equal(arena, block):
+                # as int64, which is compared eight times faster than uint8
+                if not arena.is_meta and not torch.equal(
+                    arena.view(torch.int64), block.view(torch.int64)
+                ):
                     self._report_difference()
 
     def check_pinned(self) -> None:
@@ -178,10 +231,10 @@ class Slot:
         Raises:
             SlotTensorMoved: names the first one that is not.
         """
-        entries = {entry.key: entry for entry in self.layout.entries}
-        for key, held in layers.bound_tensors(self.model, self.layout, self.adapter_name):
-            tensor, entry = self._tensors[key], entries[key]
-            if held is not tensor:
+        held = {s.place.key: s.get() for s in sites(self.model, self.envelope, self.adapter_name)}
+        for entry in self.layout.entries:
+            key, tensor = entry.key, self._tensors[entry.key]
+            if held.get(key) is not tensor:
                 self._moved(key, "the model holds something else in its place")
             if tensor.data_ptr() != self._pointers[key]:
                 self._moved(key, "it points to other memory")
@@ -191,38 +244,57 @@ class Slot:
                 self._moved(key, rule)
 
     def _make_live(self, staged: Staged, *, previous: Staged | None) -> Receipt:
-        before = self._current.revision
-        self._synchronize()  # a forward pass in flight must not read half of each
-        started = time.perf_counter_ns()
+        before, before_that = self._current, self._previous
+        config, config_before = self._config_of(staged.image), self._config_of(before.image)
+        try:
+            self._synchronize()  # a forward pass in flight must not read half of each
+            started = time.perf_counter_ns()
+            self._copy(staged)
+            commit_us = (time.perf_counter_ns() - started) / 1e3
+            self._current, self._previous = staged, previous
+            self._publish(config)
+            return Receipt(
+                revision=staged.revision,
+                previous=before.revision,
+                commit_us=commit_us,
+                image_bytes=self.layout.nbytes,
+                copies=len(self._arenas),
+            )
+        except BaseException:  # an interrupt as well: the old image again, whole
+            self._copy(before)
+            self._current, self._previous = before, before_that
+            self._publish(config_before)
+            raise
+
+    def _copy(self, staged: Staged) -> None:
         for arena, block in zip(self._arenas, staged.blocks, strict=True):
             arena.copy_(block)
+        if self.envelope.use_dora:
+            for layer in self._layers.values():
+                drop_cache(layer, self.adapter_name)
         self._synchronize()
-        commit_us = (time.perf_counter_ns() - started) / 1e3
-        self._current, self._previous = staged, previous
-        self._publish()
-        return Receipt(
-            revision=staged.revision,
-            previous=before,
-            commit_us=commit_us,
-            image_bytes=self.layout.nbytes,
-            copies=len(self._arenas),
-        )
 
     def _synchronize(self) -> None:
         for arena in self._arenas:
-            if arena.device.type != "cpu":
+            if arena.device.type not in ("cpu", "meta"):
                 torch.accelerator.synchronize(arena.device)
 
-    def _publish(self) -> None:
-        # One dict update on the existing object: compiled code may guard on which object it is,
-        # and a reader sees the old fields or the new ones.
-        fields = dict(self._current.image.config)
+    def _config_of(self, image: AdapterImage) -> dict[str, Any]:
+        fields = dict(image.config)
         if isinstance(targets := fields["target_modules"], Sequence) and not isinstance(
             targets, str
         ):
             fields["target_modules"] = set(targets)  # as LoraConfig keeps them
         for field in ("rank_pattern", "alpha_pattern"):
             fields[field] = dict(fields[field] or {})
+        fields["bias"] = fields["bias"] or "none"
+        for field in ("use_rslora", "use_dora", "lora_bias"):
+            fields[field] = bool(fields[field])
+        return fields
+
+    def _publish(self, fields: Mapping[str, Any]) -> None:
+        # One dict update on the existing object: compiled code may guard on which object it is,
+        # and a reader sees the old fields or the new ones.
         vars(self.model.peft_config[self.adapter_name]).update(fields)
 
     def _report_difference(self) -> None:
@@ -236,3 +308,9 @@ class Slot:
 
     def _moved(self, key: str, rule: str) -> None:
         raise SlotTensorMoved(str(self.revision), key, rule)
+
+
+def _arena(block: Block) -> torch.Tensor:
+    if block.device == "cpu":
+        return torch.from_numpy(allocate(block.nbytes))
+    return torch.zeros(block.nbytes, dtype=torch.uint8, device=block.device)

@@ -18,6 +18,7 @@ import torch
 
 from . import hub, safetensors_bytes
 from .errors import AdapterConfigInvalid, AdapterFormatRefused, AdapterNotFound
+from .memory import Bytes, allocate
 from .revision import Revision, revision_of
 
 CONFIG_FILE = "adapter_config.json"
@@ -35,7 +36,8 @@ class Adapter:
         name: what its revision is called.
         config: the content of ``adapter_config.json``, or ``LoraConfig.to_dict()``.
         tensors: weights under PEFT's checkpoint keys, without an adapter name in them. Keys that
-            were saved from a compiled model lose their ``_orig_mod.``.
+            were saved from a compiled model lose their ``_orig_mod.``; keys from a model that is
+            no PeftModel (diffusers') get PEFT's prefix.
 
     The revision is computed here, over the bytes as they are now: hand over tensors that nobody
     writes to afterwards (`from_peft_model` makes copies).
@@ -50,7 +52,7 @@ class Adapter:
     revision: Revision = field(init=False)
 
     def __post_init__(self) -> None:
-        tensors = {key.replace("_orig_mod.", ""): value for key, value in self.tensors.items()}
+        tensors = {_canonical(key): value for key, value in self.tensors.items()}
         object.__setattr__(self, "config", _plain(self.config))
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "revision", revision_of(self.name, self.config, tensors))
@@ -122,7 +124,7 @@ def load_adapter(
     return _read_adapter(label, read)
 
 
-Reader = Callable[[str], bytes | bytearray | None]
+Reader = Callable[[str], bytes | Bytes | None]
 """File name → its bytes, or None where there is no such file."""
 
 
@@ -134,7 +136,7 @@ def _read_adapter(label: str, read: Reader) -> Adapter:
     if raw_config is None:
         raise AdapterConfigInvalid(label, None, f"there is no {CONFIG_FILE} beside the weights")
     try:
-        config = json.loads(raw_config)
+        config = json.loads(bytes(raw_config))
     except ValueError as error:
         raise AdapterConfigInvalid(
             label, None, f"{CONFIG_FILE} is not valid JSON: {error}"
@@ -158,19 +160,19 @@ def _directory_reader(label: str, folder: Path) -> Reader:
     if not folder.is_dir():
         raise AdapterNotFound(label, None, f"there is no directory {str(folder)!r}")
 
-    def read(file: str) -> bytes | bytearray | None:
+    def read(file: str) -> bytes | Bytes | None:
         path = folder / file
         if not path.is_file():
             return None
         if file == PICKLE_FILE:
             return b""  # that it is there is all that anyone may know of it
         try:
-            content = bytearray(path.stat().st_size)
+            content = allocate(path.stat().st_size)
             with path.open("rb", buffering=0) as stream:
-                size = _read_fully(stream.readinto, memoryview(content))
+                size = _read_fully(stream.readinto, content.data)
         except OSError as error:
             raise AdapterNotFound(label, None, f"{str(path)!r} cannot be read: {error}") from error
-        return content if size == len(content) else content[:size]
+        return content[:size]
 
     return read
 
@@ -208,6 +210,13 @@ def _uri_reader(label: str, uri: str, subfolder: str | None) -> Reader:
 def _default_name(where: str, subfolder: str | None) -> str:
     path = (subfolder or where.partition("://")[2] or where).rstrip("/")
     return _UNNAMEABLE.sub("-", Path(path).name or Path(path).resolve().name) or "adapter"
+
+
+def _canonical(key: str) -> str:
+    key = key.replace("_orig_mod.", "")
+    if key.endswith(".lora_magnitude_vector.weight"):  # PEFT reads both spellings
+        key = key.removesuffix(".weight")
+    return key if key.startswith("base_model.model.") else f"base_model.model.{key}"
 
 
 def _plain(value: Any) -> Any:

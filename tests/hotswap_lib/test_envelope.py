@@ -38,12 +38,7 @@ def test_a_senseless_field_is_refused_by_name(field: str, value: Any) -> None:
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("use_dora", True), ("bias", "lora_only"), ("modules_to_save", ["score"])],
-)
-def test_what_is_not_supported_yet_is_refused_by_name(field: str, value: Any) -> None:
-    fields: dict[str, Any] = {"max_rank": 8, field: value}
-    with pytest.raises(InvalidEnvelope, match="not supported yet") as caught:
-        Envelope(**fields).refuse_unsupported()
-    assert caught.value.field == field
+def test_all_biases_and_saved_modules_exclude_each_other() -> None:
+    with pytest.raises(InvalidEnvelope, match="twice") as caught:
+        Envelope(max_rank=8, bias="all", modules_to_save=["score"])
+    assert caught.value.field == "bias"

@@ -96,9 +96,12 @@ CONFIG_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"alpha_pattern": [4]}, "adapter_config_invalid"),
     ({"rank_pattern": {"q_proj": 4}}, "rank_mismatch"),
     ({"use_dora": True}, "feature_outside_envelope"),
-    ({"bias": "lora_only"}, "feature_outside_envelope"),
+    ({"bias": "some"}, "adapter_config_invalid"),
     ({"lora_bias": True}, "feature_outside_envelope"),
     ({"modules_to_save": ["lm_head"]}, "feature_outside_envelope"),
+    ({"modules_to_save": "lm_head"}, "adapter_config_invalid"),
+    ({"trainable_token_indices": [1]}, "feature_outside_envelope"),
+    ({"target_parameters": ["experts.weight"]}, "feature_outside_envelope"),
     ({"alora_invocation_tokens": [1, 2]}, "unsupported_adapter"),
     ({"init_lora_weights": "pissa"}, "unsupported_adapter"),
 ]

@@ -139,12 +139,15 @@ def test_one_flipped_bit_is_noticed_before_it_is_staged(
         slot.stage(_with(image, blocks=(block,)))
     with pytest.raises(ImageCorrupted):
         slot.stage(_with(image, config={**image.config, "r": 3}))
+    with pytest.raises(ImageCorrupted):
+        slot.stage(_with(image, written=image.written[1:]))
     assert slot.revision == BASE
 
 
 def _with(image: AdapterImage, **changes: Any) -> AdapterImage:
-    fields = ("revision", "layout_fingerprint", "blocks", "config", "ranks", "digest")
-    return AdapterImage(**{**{field: getattr(image, field) for field in fields}, **changes})
+    fields = ("revision", "layout_fingerprint", "blocks", "config", "ranks", "written")
+    arrived = {"arrived_as": image.digest}
+    return AdapterImage(**{**{f: getattr(image, f) for f in fields}, **arrived, **changes})
 
 
 def test_scalings_stay_float32_in_a_half_precision_slot(tiny: Any, adapters: Adapters) -> None:

@@ -8,22 +8,24 @@ import pytest
 import torch
 
 from hotswap_lib import Envelope, Slot, prepare
-from hotswap_lib.layout import ALIGNMENT, Place, lay_out
+from hotswap_lib.layout import Padding, Place, lay_out
+from hotswap_lib.memory import ALIGNMENT
 
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 def place(key: str, *, dtype: str = "float32", device: str = "cpu") -> Place:
     return Place(
-        key=key, module=key, role="lora_A.weight", shape=(3, 5), rank_dim=0, dtype=dtype,
-        device=device,
+        key=key, module=key, role="lora_A.weight", shape=(3, 5), dtype=dtype, device=device,
+        padding=Padding(dim=0, max_rank=3),
     )  # fmt: skip
 
 
 def test_entries_carry_checkpoint_keys_and_padded_shapes(slot: Slot) -> None:
     entry = next(entry for entry in slot.layout.entries if entry.key == Q_A)
     assert entry.module == "model.layers.0.self_attn.q_proj"
-    assert (entry.shape, entry.rank_dim, entry.dtype) == ((16, 32), 0, "float32")
+    assert (entry.shape, entry.dtype) == ((16, 32), "float32")
+    assert entry.padding == Padding(dim=0, max_rank=16)
 
 
 def test_every_layer_has_two_weights_and_a_scaling(slot: Slot) -> None:

@@ -115,9 +115,9 @@ def structure(model: torch.nn.Module) -> list[tuple[str, str]]:
     [
         (Envelope(max_rank=4), "rank_over_envelope"),
         (Envelope(max_rank=16, target_modules=["q_proj"]), "target_outside_envelope"),
-        (Envelope(max_rank=16, target_modules=["q_proj", "embed_tokens"]), "invalid_envelope"),
+        (Envelope(max_rank=16, target_modules=["q_proj", "norm"]), "invalid_envelope"),
         (Envelope(max_rank=16, target_modules=["no_such_module"]), "invalid_envelope"),
-        (Envelope(max_rank=16, use_dora=True), "invalid_envelope"),
+        (Envelope(max_rank=16, modules_to_save=["no_such_module"]), "invalid_envelope"),
     ],
 )
 def test_a_refusal_leaves_a_peft_model_as_it_was(
@@ -134,7 +134,7 @@ def test_a_refusal_leaves_a_peft_model_as_it_was(
     prepare(model, envelope=tiny.envelope).verify()
 
 
-@pytest.mark.parametrize("targets", [["no_such_module"], ["q_proj", "embed_tokens"], ["norm"]])
+@pytest.mark.parametrize("targets", [["no_such_module"], ["q_proj", "norm"], ["norm"]])
 def test_a_refusal_leaves_a_plain_model_as_it_was(tiny: Any, targets: list[str]) -> None:
     model = tiny.base()
     before = structure(model)

@@ -55,7 +55,6 @@ def test_the_same_content_in_another_order_is_the_same_revision() -> None:
         {"bias": "all"},
         {"lora_bias": True},
         {"modules_to_save": ["head"]},
-        {"fan_in_fan_out": True},
     ],
 )
 def test_a_field_that_changes_the_output_changes_the_revision(changed: dict[str, object]) -> None:

@@ -324,7 +324,7 @@ def test_an_image_of_another_layout_is_a_failure_and_not_a_crash(stage: Open) ->
                 blocks=image.blocks,
                 config=image.config,
                 ranks=image.ranks,
-                digest=image.digest,
+                written=image.written,
             )
             one.want("alpha", "beta", generation=2, beta=FakeRef(foreign))
             await one.until_failed()
