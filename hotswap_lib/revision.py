@@ -80,7 +80,7 @@ def revision_of(
     # BLAKE3: as collision-resistant as SHA-256 and several times faster, and this is in every swap
     digest = blake3(head.encode(), max_threads=blake3.AUTO)
     for run in _runs([tensors[key] for key in ordered]):
-        digest.update(run)
+        digest.update(run.data)
     return Revision(name, digest.hexdigest())
 
 
@@ -88,7 +88,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     """64 hex characters for the bytes of one tensor."""
     digest = blake3(max_threads=blake3.AUTO)
     for run in _runs([tensor]):
-        digest.update(run)
+        digest.update(run.data)
     return digest.hexdigest()
 
 
