@@ -78,6 +78,8 @@ class Envelope:
                 raise InvalidEnvelope(field, f"is true or false, not {getattr(self, field)!r}")
         if self.bias not in _BIASES:
             raise InvalidEnvelope("bias", f"is one of {sorted(_BIASES)}, not {self.bias!r}")
+        if self.use_dora and self.lora_bias:
+            raise InvalidEnvelope("lora_bias", "PEFT has no layers with both DoRA and lora_bias")
         if self.bias == "all" and self.modules_to_save:
             raise InvalidEnvelope("bias", "'all' and modules_to_save would hold some biases twice")
         if self.dtype is not None and self.dtype not in _DTYPES:

@@ -59,6 +59,7 @@ class Family:
         build: makes it.
         targets: modules that LoRA can go on; the envelope takes all of them.
         saved: modules that can be saved whole.
+        embeddings: those of the targets that are embeddings.
         rank_step: ranks are multiples of it.
         dora: targets under DoRA, where that is fewer.
     """
@@ -67,6 +68,7 @@ class Family:
     build: Callable[[], torch.nn.Module]
     targets: tuple[str, ...]
     saved: tuple[str, ...]
+    embeddings: tuple[str, ...] = ()
     rank_step: int = 1
     dora: tuple[str, ...] | None = None
 
@@ -96,8 +98,12 @@ class Family:
             model.save_pretrained(str(folder))
         if dtype is not torch.float32:
             path = folder / "adapter_model.safetensors"
-            # copied, because a mapped file cannot be written over
-            tensors = {key: tensor.clone().to(dtype) for key, tensor in load_file(path).items()}
+            # copied, because a mapped file cannot be written over; base weights that PEFT saves
+            # beside LoRA on embeddings would be other base weights if they were rounded
+            tensors = {
+                key: tensor.clone() if "base_layer.weight" in key else tensor.to(dtype)
+                for key, tensor in load_file(path).items()
+            }
             save_file(tensors, path)
         return folder
 
@@ -174,14 +180,24 @@ FAMILIES = {
             lambda: Qwen2ForCausalLM(Qwen2Config(**_LLAMA, tie_word_embeddings=True)),
             ("q_proj", "v_proj", "down_proj", "embed_tokens", "lm_head"),
             ("model.norm",),
+            embeddings=("embed_tokens",),
         ),
         Family(
             "gpt2",
             lambda: GPT2LMHeadModel(
-                GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+                GPT2Config(
+                    vocab_size=32,
+                    n_embd=16,
+                    n_layer=2,
+                    n_head=2,
+                    n_positions=16,
+                    bos_token_id=0,
+                    eos_token_id=0,
+                )
             ),
             ("c_attn", "c_proj", "c_fc", "wte"),
             ("ln_f",),
+            embeddings=("wte",),
         ),
         Family(
             "bert",
@@ -198,6 +214,7 @@ FAMILIES = {
             ),
             ("query", "key", "value", "dense", "word_embeddings"),
             ("classifier",),
+            embeddings=("word_embeddings",),
         ),
         Family(
             "t5",
@@ -212,6 +229,7 @@ FAMILIES = {
             ConvNet,
             ("embed", "line", "plane", "grouped", "space"),
             ("head", "norm"),
+            embeddings=("embed",),
             rank_step=4,
             dora=("embed", "line", "plane", "space"),
         ),

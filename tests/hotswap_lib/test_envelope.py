@@ -42,3 +42,9 @@ def test_all_biases_and_saved_modules_exclude_each_other() -> None:
     with pytest.raises(InvalidEnvelope, match="twice") as caught:
         Envelope(max_rank=8, bias="all", modules_to_save=["score"])
     assert caught.value.field == "bias"
+
+
+def test_dora_and_a_bias_on_lora_b_exclude_each_other() -> None:
+    with pytest.raises(InvalidEnvelope, match="both") as caught:
+        Envelope(max_rank=8, use_dora=True, lora_bias=True)
+    assert caught.value.field == "lora_bias"
