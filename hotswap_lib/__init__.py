@@ -17,6 +17,7 @@ from .errors import (
     HotswapError,
     ImageCorrupted,
     ImageRefused,
+    ImageUnreadable,
     InvalidEnvelope,
     LayoutMismatch,
     MissingTensor,
@@ -34,6 +35,15 @@ from .errors import (
 from .guard import CompileGuard
 from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from .image import AdapterImage, null_image, pack
+from .image_file import load_image, save_image
+from .inspection import (
+    Inspection,
+    PaddingCost,
+    inspect_adapter,
+    padding_cost,
+    sketch_layout,
+    suggest_envelope,
+)
 from .layout import Layout
 from .preparation import prepare
 from .revision import BASE, Revision
@@ -57,6 +67,8 @@ __all__ = [
     "HotswapError",
     "ImageCorrupted",
     "ImageRefused",
+    "ImageUnreadable",
+    "Inspection",
     "InvalidEnvelope",
     "Layout",
     "LayoutMismatch",
@@ -64,6 +76,7 @@ __all__ = [
     "NonFinite",
     "NotPrepared",
     "NothingToRollBack",
+    "PaddingCost",
     "RankMismatch",
     "RankOverEnvelope",
     "Receipt",
@@ -76,9 +89,15 @@ __all__ = [
     "TargetOutsideEnvelope",
     "VerifyFailed",
     "hotswap_adapter",
+    "inspect_adapter",
     "load_adapter",
+    "load_image",
     "null_image",
     "pack",
+    "padding_cost",
     "prepare",
     "prepare_model_for_compiled_hotswap",
+    "save_image",
+    "sketch_layout",
+    "suggest_envelope",
 ]

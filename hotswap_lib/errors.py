@@ -16,7 +16,8 @@
     ├── InvalidEnvelope                   invalid_envelope
     ├── ImageRefused                      image_refused
     │   ├── LayoutMismatch                layout_mismatch
-    │   └── ImageCorrupted                image_corrupted
+    │   ├── ImageCorrupted                image_corrupted
+    │   └── ImageUnreadable               image_unreadable
     ├── ForeignStaged                     foreign_staged
     ├── NothingToRollBack                 nothing_to_roll_back
     ├── NotPrepared                       not_prepared
@@ -161,6 +162,12 @@ class ImageCorrupted(ImageRefused):
     """The image's bytes are not the bytes that were packed."""
 
     code = "image_corrupted"
+
+
+class ImageUnreadable(ImageRefused):
+    """The file is no image. It is named by its path, since it does not say its revision."""
+
+    code = "image_unreadable"
 
 
 class ForeignStaged(ImageRefused):

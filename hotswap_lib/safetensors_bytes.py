@@ -44,7 +44,7 @@ def parse(content: bytes | Bytes) -> dict[str, torch.Tensor]:
     """
     # torch wants memory that it may write to
     buffer = np.frombuffer(bytearray(content), np.uint8) if isinstance(content, bytes) else content
-    header, start = _header(buffer)
+    header, _, start = read_header(buffer)
     specs = {}
     end = 0
     for name, spec in sorted(header.items(), key=lambda item: _offsets(*item)):
@@ -61,7 +61,12 @@ def parse(content: bytes | Bytes) -> dict[str, torch.Tensor]:
 _Spec = tuple[int, int, torch.dtype, list[int]]
 
 
-def _header(buffer: Bytes) -> tuple[dict[str, Any], int]:
+def read_header(buffer: Bytes) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Name → dtype, shape and offsets; the file's metadata; and where its data starts.
+
+    Raises:
+        ValueError: as `parse`.
+    """
     length = int.from_bytes(buffer[:8].tobytes(), "little")
     if len(buffer) < 8 or length > min(_HEADER_LIMIT_BYTES, len(buffer) - 8):
         raise ValueError("is truncated or is not a safetensors file: its header does not fit in it")
@@ -71,8 +76,8 @@ def _header(buffer: Bytes) -> tuple[dict[str, Any], int]:
         raise ValueError(f"has a header that is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise ValueError("has a header that is not a JSON object")
-    header.pop("__metadata__", None)
-    return header, 8 + length
+    metadata = header.pop("__metadata__", None)
+    return header, metadata if isinstance(metadata, dict) else {}, 8 + length
 
 
 def _offsets(name: str, spec: Any) -> tuple[int, int]:

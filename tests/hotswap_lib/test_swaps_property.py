@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from hotswap_lib import BASE, Envelope, hotswap_adapter, prepare
 
-# Against a model of the adapter's own rank: sums over more zeros may be grouped another way.
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+# Against a model of the adapter's own rank, relative to the largest output: sums over more zeros
+# may be grouped another way.
+TOLERANCE = 1e-4
 
 
 @st.composite
@@ -99,4 +100,5 @@ def test_any_sequence_of_swaps_is_bit_equal_to_padded_peft_models(
         slot.verify()
         output = family.outputs(slot.model)
         assert torch.equal(output, padded[slot.revision.name])
-        torch.testing.assert_close(output, unpadded[slot.revision.name], **TOLERANCE)
+        exact = unpadded[slot.revision.name]
+        assert float((output - exact).abs().max()) <= TOLERANCE * float(exact.abs().max())

@@ -1,0 +1,104 @@
+"""Images as files: pack once, in CI, and ship what every slot of the layout can take as it is.
+
+The file is an ordinary safetensors file: one uint8 tensor for each block, and everything else as
+JSON in its metadata. Its data starts at a multiple of 64 bytes, which the safetensors library does
+not care for, so that a mapped block is as good to copy from as an allocated one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ImageUnreadable
+from .image import AdapterImage
+from .memory import ALIGNMENT
+from .revision import Revision
+from .safetensors_bytes import read_header
+
+_FORMAT = "hotswap-image-1"
+
+
+def save_image(image: AdapterImage, path: str | Path) -> None:
+    """Write an image. The file appears whole or not at all, and is never changed in place.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    described = {
+        "revision": [image.revision.name, image.revision.digest],
+        "layout_fingerprint": image.layout_fingerprint,
+        "config": dict(image.config),
+        "ranks": dict(image.ranks),
+        "written": list(image.written),
+        "digest": image.digest,
+    }
+    header: dict[str, Any] = {
+        "__metadata__": {"format": _FORMAT, "image": json.dumps(described, sort_keys=True)}
+    }
+    end = 0
+    for index, block in enumerate(image.blocks):
+        begin, end = end, end + block.nbytes
+        header[f"block.{index}"] = {
+            "dtype": "U8",
+            "shape": [block.nbytes],
+            "data_offsets": [begin, end],
+        }
+    raw = json.dumps(header).encode()
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(len(raw).to_bytes(8, "little"))
+            stream.write(raw)
+            for block in image.blocks:
+                stream.write(block.data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_image(path: str | Path) -> AdapterImage:
+    """Map an image file into memory. Its bytes are read when a slot stages it, which checks them.
+
+    The file has to stay as it is for as long as the image lives; `save_image` replaces files and
+    never writes into one.
+
+    Raises:
+        ImageUnreadable: there is no such file, or it is no image.
+    """
+    where = str(path)
+    try:
+        mapped = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        header, metadata, start = read_header(mapped)
+    except (OSError, ValueError) as error:
+        raise ImageUnreadable(where, f"the file cannot be read: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        rule = f"the file says format {metadata.get('format')!r}, and not {_FORMAT!r}"
+        raise ImageUnreadable(where, rule)
+    try:
+        described = json.loads(metadata["image"])
+        spans = [header[f"block.{index}"]["data_offsets"] for index in range(len(header))]
+        image = AdapterImage(
+            revision=Revision(*described["revision"]),
+            layout_fingerprint=described["layout_fingerprint"],
+            blocks=tuple(mapped[start + begin : start + end] for begin, end in spans),
+            config=described["config"],
+            ranks=described["ranks"],
+            written=tuple(described["written"]),
+            arrived_as=described["digest"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ImageUnreadable(where, f"its description is incomplete: {error}") from error
+    if start + sum(end - begin for begin, end in spans) != len(mapped):
+        raise ImageUnreadable(where, "the file is truncated")
+    return image

@@ -1,0 +1,240 @@
+"""Looking into adapters before there is a model: what they are, and which envelope covers them.
+
+Reads adapters and nothing else. Whether one fits a certain base model is for `pack` to say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .envelope import Envelope
+from .errors import MissingTensor
+from .fit import Settings, fit, read_settings
+from .layout import MAGNITUDE, SCALING, Layout, Padding, Place, lay_out
+from .revision import Revision
+from .source import Adapter, load_adapter
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What one adapter is.
+
+    Attributes:
+        revision: its name and digest.
+        base_model: what its configuration says it was trained on.
+        ranks: module → rank, for each LoRA layer.
+        scalings: module → what B·A is multiplied with.
+        dtypes: dtype → bytes stored in it.
+        features: what an envelope has to allow for it, beyond ranks and targets, in words.
+        nbytes: of all its weights, as stored.
+    """
+
+    revision: Revision
+    base_model: str | None
+    ranks: Mapping[str, int]
+    scalings: Mapping[str, float]
+    dtypes: Mapping[str, int]
+    features: tuple[str, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaddingCost:
+    """Where the bytes of an adapter's image go. They add up to ``image_bytes``.
+
+    Attributes:
+        image_bytes: of the image, and of the slot.
+        own_bytes: the adapter's own values, in the slot's dtype and at its own rank.
+        rank_bytes: zeros, because its ranks are below the envelope's.
+        absent_bytes: places for what it does not have: modules, biases, magnitudes.
+        gap_bytes: between tensors, because each starts at a multiple of 64 bytes.
+    """
+
+    image_bytes: int
+    own_bytes: int
+    rank_bytes: int
+    absent_bytes: int
+    gap_bytes: int
+
+
+def inspect_adapter(source: str | Path | Adapter) -> Inspection:
+    """Say what an adapter is.
+
+    Raises:
+        AdapterRefused: it cannot be read, or its configuration makes no sense.
+    """
+    adapter = load_adapter(source)
+    settings = read_settings(adapter)
+    modules = _lora_modules(adapter)
+    dtypes: Counter[str] = Counter()
+    for tensor in adapter.tensors.values():
+        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    base_model = adapter.config.get("base_model_name_or_path")
+    return Inspection(
+        revision=adapter.revision,
+        base_model=str(base_model) if base_model else None,
+        ranks={module: settings.rank(module) for module in modules},
+        scalings={module: settings.scaling(module) for module in modules},
+        dtypes=dict(dtypes),
+        features=_features(adapter, settings),
+        nbytes=sum(dtypes.values()),
+    )
+
+
+def suggest_envelope(adapters: Iterable[str | Path | Adapter]) -> Envelope:
+    """The smallest envelope that covers all of these adapters.
+
+    Targets are named as the adapters' own configurations name them where those are lists, which
+    match exactly the modules that PEFT put LoRA on; otherwise by each module's full name.
+
+    Raises:
+        AdapterRefused: one of them cannot be read.
+        InvalidEnvelope: no envelope holds all of them, or there are none.
+    """
+    loaded = [load_adapter(source) for source in adapters]
+    settings = [read_settings(adapter) for adapter in loaded]
+    biases = {one.bias for one in settings}
+    return Envelope(
+        max_rank=max(
+            (
+                one.rank(module)
+                for adapter, one in zip(loaded, settings, strict=True)
+                for module in _lora_modules(adapter)
+            ),
+            default=0,
+        ),
+        target_modules={target for adapter in loaded for target in _targets(adapter)},
+        modules_to_save=sorted(
+            {
+                suffix
+                for adapter, one in zip(loaded, settings, strict=True)
+                for suffix in one.modules_to_save
+                if any(_owner(key).endswith(suffix) for key in _other_keys(adapter))
+            }
+        ),
+        use_dora=any(one.use_dora for one in settings),
+        lora_bias=any(one.lora_bias for one in settings),
+        bias=next(bias for bias in ("all", "lora_only", "none") if bias in biases | {"none"}),
+    )
+
+
+def padding_cost(source: str | Path | Adapter, layout: Layout) -> PaddingCost:
+    """What a layout costs an adapter in bytes. What it costs in time: ``benchmarks.padding``.
+
+    Raises:
+        AdapterRefused: it does not fit the layout.
+    """
+    fitted = fit(load_adapter(source), layout)
+    written = {write.index: write for write in fitted.writes}
+    own = rank = absent = 0
+    for index, entry in enumerate(layout.entries):
+        if index in written:
+            item = getattr(torch, entry.dtype).itemsize
+            own += written[index].tensor.numel() * item
+            rank += entry.nbytes - written[index].tensor.numel() * item
+        elif entry.is_scaling and entry.module in fitted.scalings:
+            own += entry.nbytes
+        else:
+            absent += entry.nbytes
+    return PaddingCost(
+        image_bytes=layout.nbytes,
+        own_bytes=own,
+        rank_bytes=rank,
+        absent_bytes=absent,
+        gap_bytes=layout.nbytes - own - rank - absent,
+    )
+
+
+def sketch_layout(adapters: Sequence[Adapter], envelope: Envelope) -> Layout:
+    """The layout that an envelope would have in a model that has these adapters' modules and no
+    others: for what padding costs, before there is a model. A model's own layout may be larger.
+    """
+    places: dict[str, Place] = {}
+    for adapter in adapters:
+        settings = read_settings(adapter)
+        for key, tensor in adapter.tensors.items():
+            stem, _, role = key.rpartition(".lora_")
+            module = stem.removeprefix(_PREFIX)
+            if key not in places and not key.endswith("base_layer.weight"):
+                places[key] = _sketch(key, module, f"lora_{role}", tensor, settings, envelope)
+    for module in {place.module for place in places.values() if place.padding is not None}:
+        key = f"{_PREFIX}{module}.{SCALING}"
+        scaling = Place(
+            key=key, module=module, role=SCALING, shape=(), dtype="float32", device="cpu"
+        )
+        places[key] = scaling
+    return lay_out(places.values(), envelope, base_model=None)
+
+
+def _sketch(
+    key: str, module: str, role: str, tensor: torch.Tensor, settings: Settings, envelope: Envelope
+) -> Place:
+    shape, padding = list(tensor.shape), None
+    if role in ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"):
+        dim = 0 if "_A" in role else 1
+        per_index = max(1, settings.rank(module) // shape[dim])
+        padding = Padding(dim=dim, max_rank=envelope.max_rank, per_index=per_index)
+        shape[dim] = padding.size(envelope.max_rank)
+    return Place(
+        key=key,
+        module=module,
+        role=role,
+        shape=tuple(shape),
+        dtype=envelope.dtype or "float32",
+        device="cpu",
+        padding=padding,
+        rest="zeros" if padding is not None else "base",
+    )
+
+
+def _lora_modules(adapter: Adapter) -> list[str]:
+    found = {
+        key.rpartition(".lora_")[0].removeprefix(_PREFIX)
+        for key in adapter.tensors
+        if ".lora_" in key
+    }
+    if not found:
+        raise MissingTensor(adapter.name, None, "there is no LoRA tensor in it")
+    return sorted(found)
+
+
+def _targets(adapter: Adapter) -> Sequence[str]:
+    config, modules = adapter.config, _lora_modules(adapter)
+    targets = config.get("target_modules")
+    narrowed = ("layers_to_transform", "exclude_modules", "layers_pattern")
+    if not isinstance(targets, list) or any(config.get(field) for field in narrowed):
+        return modules
+    suffixes = tuple(f".{target}" for target in targets)
+    named = all(f".{module}".endswith(suffixes) for module in modules)
+    return targets if named else modules
+
+
+def _other_keys(adapter: Adapter) -> list[str]:
+    return [key for key in adapter.tensors if ".lora_" not in key and ".base_layer." not in key]
+
+
+def _owner(key: str) -> str:
+    return key.removeprefix(_PREFIX).rpartition(".")[0]
+
+
+def _features(adapter: Adapter, settings: Settings) -> tuple[str, ...]:
+    words = []
+    if settings.use_rslora:
+        words.append("rsLoRA")
+    if settings.use_dora or any(key.endswith(MAGNITUDE) for key in adapter.tensors):
+        words.append("DoRA")
+    if settings.rank_pattern or settings.alpha_pattern:
+        words.append("rank and alpha patterns")
+    if settings.lora_bias:
+        words.append("lora_bias")
+    if settings.bias != "none":
+        words.append(f"bias={settings.bias}")
+    words += [f"saves {name}" for name in sorted({_owner(key) for key in _other_keys(adapter)})]
+    return tuple(words)
