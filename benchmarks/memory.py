@@ -24,7 +24,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.swap import MAX_RANK, build_base, save_adapters
+from benchmarks.workload import MAX_RANK, build_base, save_adapters
 from hotswap_lib import Envelope, Slot, pack, prepare
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -36,8 +36,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
-    # large blocks go back to the system when they are freed, so that what is counted is in use
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    _count_only_what_is_in_use()
     base = build_base("cpu")
     with tempfile.TemporaryDirectory() as folder:
         paths = save_adapters(base, Path(folder))
@@ -48,6 +47,22 @@ def main() -> None:
     _show(result)
     if asked.json:
         asked.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def growth_images(slot: Slot, paths: list[Path], *, swaps: int) -> float:
+    """The memory that this many swaps from disk leave behind, in images of the slot."""
+    _count_only_what_is_in_use()
+    for path in paths * 2:  # what is made once is made here
+        slot.commit(slot.stage(pack(path, slot.layout)))
+    rest = _uss_at_rest()
+    for turn in range(swaps - swaps % len(paths)):  # ends on the adapters that it began with
+        slot.commit(slot.stage(pack(paths[turn % len(paths)], slot.layout)))
+    return (_uss_at_rest() - rest) / slot.layout.nbytes
+
+
+def _count_only_what_is_in_use() -> None:
+    # large blocks go back to the system when they are freed
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _measure(slot: Slot, paths: list[Path], *, swaps: int) -> dict[str, float]:

@@ -133,20 +133,21 @@ def fit(adapter: Adapter, layout: Layout) -> Fit:
     carried = {key for key in layout.base_weights if key in adapter.tensors}
     for key in sorted(carried):
         _check_base_weight(adapter, key, layout)
-    for key in sorted(adapter.tensors.keys() - carried):
+    tensors = _by_entry(adapter, layout)
+    for key in sorted(tensors.keys() - carried):
         if key not in entries:
             raise _unplaced(adapter, key, layout)
         _check_configured(adapter, entries[key], settings)
     ranks = {
         entry.module: settings.rank(entry.module)
         for key, entry in entries.items()
-        if entry.padding is not None and key in adapter.tensors
+        if entry.padding is not None and key in tensors
     }
     if not ranks:
         raise MissingTensor(adapter.name, None, "there is no LoRA tensor in it")
     writes = []
     for index, entry in enumerate(layout.entries):
-        tensor = None if entry.is_scaling else adapter.tensors.get(entry.key)
+        tensor = None if entry.is_scaling else tensors.get(entry.key)
         if tensor is None:
             _check_absent(adapter, entry, settings, ranks)
             continue
@@ -158,6 +159,17 @@ def fit(adapter: Adapter, layout: Layout) -> Fit:
         scalings={module: _scaling(adapter, settings, module) for module in ranks},
         ranks=ranks,
     )
+
+
+def _by_entry(adapter: Adapter, layout: Layout) -> dict[str, torch.Tensor]:
+    # An adapter with bias="all" names the bias of a module that it has no LoRA on without
+    # "base_layer"; the slot may have LoRA on that module.
+    names = {
+        entry.key.replace(".base_layer.bias", ".bias"): entry.key
+        for entry in layout.entries
+        if entry.role == BIAS
+    }
+    return {names.get(key, key): tensor for key, tensor in adapter.tensors.items()}
 
 
 def _scaling(adapter: Adapter, settings: Settings, module: str) -> float:

@@ -237,9 +237,13 @@ def _write(fitted: Fit, layout: Layout) -> list[Bytes]:
         if entry.padding is not None:
             shape[entry.padding.dim] = entry.padding.size(write.rank)
         _at(flat, entry, shape).copy_(write.tensor)
-    for entry in layout.entries:
-        if entry.role == SCALING and entry.module in fitted.scalings:
-            _at(flat, entry, []).fill_(fitted.scalings[entry.module])
+    for index in range(len(blocks)):
+        scalings = [e for e in layout.entries if e.role == SCALING and e.block == index]
+        scalings = [entry for entry in scalings if entry.module in fitted.scalings]
+        if scalings:
+            where = torch.tensor([entry.offset // 4 for entry in scalings])
+            values = [fitted.scalings[entry.module] for entry in scalings]
+            flat[index, "float32"][where] = torch.tensor(values, dtype=torch.float32)
     return blocks
 
 

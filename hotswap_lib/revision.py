@@ -97,27 +97,33 @@ def _runs(tensors: Sequence[torch.Tensor]) -> Iterator[Bytes]:
 
     What lies in one piece comes in one piece: the tensors of a safetensors file usually do.
     """
-    held: torch.UntypedStorage | None = None
+    first: torch.Tensor | None = None
     begin = end = 0
     for tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        offset = int(tensor.storage_offset()) * tensor.itemsize
-        if held is not None and offset == end and storage.data_ptr() == held.data_ptr():
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            tensor = tensor.detach().cpu().contiguous()
+        start = tensor.data_ptr()
+        if first is not None and start == end and end < _end_of_storage(first):
             end += tensor.nbytes
             continue
-        if held is not None:
-            yield _bytes(held, begin, end)
-        held, begin, end = storage, offset, offset + tensor.nbytes
-    if held is not None:
-        yield _bytes(held, begin, end)
+        if first is not None:
+            yield _bytes(first, end - begin)
+        first, begin, end = tensor, start, start + tensor.nbytes
+    if first is not None:
+        yield _bytes(first, end - begin)
 
 
-def _bytes(storage: torch.UntypedStorage, begin: int, end: int) -> Bytes:
-    run: Bytes = (
-        torch.empty(0, dtype=torch.uint8).set_(storage, begin, (end - begin,), (1,)).numpy()
-    )
-    return run
+def _end_of_storage(tensor: torch.Tensor) -> int:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() + storage.nbytes()
+
+
+def _bytes(first: torch.Tensor, nbytes: int) -> Bytes:
+    offset = int(first.storage_offset()) * first.itemsize
+    run = torch.empty(0, dtype=torch.uint8)
+    run.set_(first.untyped_storage(), offset, (nbytes,), (1,))
+    array: Bytes = run.numpy()
+    return array
 
 
 def _output_fields(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -198,18 +198,16 @@ def parameter_dtype(model: torch.nn.Module, adapter_name: str) -> str | None:
 
 
 def base_weights(model: PeftModel, adapter_name: str) -> dict[str, tuple[str, str]]:
-    """Checkpoint key → dtype and digest of the base weights that PEFT saves beside LoRA on
-    embeddings (peft.utils.save_and_load.get_peft_model_state_dict, save_embedding_layers).
+    """Checkpoint key → dtype and digest of the base weights that PEFT saves beside LoRA on a
+    model's input and output embeddings (peft.utils.save_and_load.get_peft_model_state_dict,
+    save_embedding_layers).
     """
-    layers = lora_layers(model, adapter_name)
-    if not any(kind(layer) == "layer.Embedding" for layer in layers.values()):
-        return {}
     base = base_of(model)
-    get_output = getattr(base, "get_output_embeddings", lambda: None)
+    ends = [getattr(base, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     found = {}
-    for name, layer in layers.items():
-        weight = layer.get_base_layer().weight
-        if kind(layer) == "layer.Embedding" or layer is get_output():
+    for name, layer in lora_layers(model, adapter_name).items():
+        if kind(layer) == "layer.Embedding" or any(layer is end for end in ends):
+            weight = layer.get_base_layer().weight
             digest = "" if weight.is_meta else tensor_digest(weight)
             dtype = str(weight.dtype).removeprefix("torch.")
             found[f"{PREFIX}{name}.base_layer.weight"] = (dtype, digest)

@@ -92,7 +92,7 @@ def _some_id(id: str) -> str:
 Url = Annotated[str, typer.Option(envvar="HOTSWAP_URL", help="The fleet's gateway.")]
 Token = Annotated[str | None, typer.Option(envvar="HOTSWAP_TOKEN", help="Bearer token.")]
 Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version)]
-Json = Annotated[bool, typer.Option("--json", help="Print the server's document only.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the document only.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Follow it to its end.")]
 Id = Annotated[str, typer.Argument(metavar="ID", callback=_some_id)]
 
@@ -137,6 +137,22 @@ def history(ctx: typer.Context, as_json: Json = False) -> None:
     client: HotswapClient = ctx.obj
     fleet = client.fleet()
     _show(fleet, history_screen(fleet), as_json=as_json)
+
+
+@app.command()
+def inspect(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Path, URI, Hub id.")],
+    as_json: Json = False,
+) -> None:
+    """Look into adapters, here and without a server: ranks, size, the smallest envelope."""
+    from serve_app import inspection  # it needs torch, which takes seconds
+
+    try:
+        document = inspection.inspect(adapters)
+    except inspection.HotswapError as error:
+        _complain(str(error), error.code)
+        raise typer.Exit(Exit.REFUSED) from error
+    _show(document, inspection.inspection_screen(document), as_json=as_json)
 
 
 @rollout_app.command()

@@ -101,7 +101,7 @@ class Family:
             # copied, because a mapped file cannot be written over; base weights that PEFT saves
             # beside LoRA on embeddings would be other base weights if they were rounded
             tensors = {
-                key: tensor.clone() if "base_layer.weight" in key else tensor.to(dtype)
+                key: tensor.to(dtype) if _is_trained(key, tensor) else tensor.clone()
                 for key, tensor in load_file(path).items()
             }
             save_file(tensors, path)
@@ -115,6 +115,10 @@ class Family:
         if padded_to is not None:
             pad(model, padded_to)
         return model
+
+
+def _is_trained(key: str, tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and not key.endswith("base_layer.weight")
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
