@@ -41,7 +41,7 @@ def slots(model: torch.nn.Module) -> Sequence[Slot]:
 def attach(slot: Slot) -> None:
     """Make a slot findable from its model."""
     model = slot.model
-    _hook(model, _unpad)[slot.adapter_name] = slot
+    _hook(model, _show_in_state_dict)[slot.adapter_name] = slot
     for wrapper in layers.saved_modules(model, slot.adapter_name).values():
         saved = wrapper.modules_to_save[slot.adapter_name]
         _hook(saved, _leave_out_unsaved)[slot.adapter_name] = slot
@@ -59,10 +59,16 @@ def _slots(module: torch.nn.Module) -> _Slots:
     return found if isinstance(found, _Slots) else _Slots()
 
 
-def _unpad(
+def _show_in_state_dict(
     model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, _metadata: Any
 ) -> None:
-    """Show the live adapter as it is: own rank, own modules. PEFT's save_pretrained reads this."""
+    show_as_live(model, state, prefix)
+
+
+def show_as_live(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str = "") -> None:
+    """Change a model's state so that it shows the live adapters as they are: own rank, own
+    modules. What PEFT's save_pretrained writes is made from this.
+    """
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     for slot in _slots(model).values():
         ranks, written = slot.live.ranks, set(slot.live.written)

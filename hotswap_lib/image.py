@@ -188,7 +188,7 @@ def null_image(layout: Layout) -> AdapterImage:
     config = {
         **dict.fromkeys(CONFIG_FIELDS),
         "r": envelope.max_rank,
-        "lora_alpha": envelope.max_rank,
+        "lora_alpha": 0,  # as the scalings, which are zero
         "use_rslora": False,
         "use_dora": False,
         "lora_bias": False,

@@ -211,9 +211,10 @@ def _targets(adapter: Adapter) -> Sequence[str]:
     narrowed = ("layers_to_transform", "exclude_modules", "layers_pattern")
     if not isinstance(targets, list) or any(config.get(field) for field in narrowed):
         return modules
-    suffixes = tuple(f".{target}" for target in targets)
-    named = all(f".{module}".endswith(suffixes) for module in modules)
-    return targets if named else modules
+    dotted = [f".{module}" for module in modules]
+    matched = [t for t in targets if any(module.endswith(f".{t}") for module in dotted)]
+    named = all(module.endswith(tuple(f".{t}" for t in matched)) for module in dotted)
+    return matched if named else modules
 
 
 def _other_keys(adapter: Adapter) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+from accelerate.hooks import CpuOffload, SequentialHook
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
@@ -62,6 +63,7 @@ def inject(model: torch.nn.Module, envelope: Envelope, adapter_name: str) -> Pef
         InvalidEnvelope: no such target, or one that is of no known kind. The caller restores
             the model (`Undo`).
     """
+    _refuse_unpreparable(model, envelope)
     with warnings.catch_warnings():
         # PEFT's advice about training and merging: tied weights, fan_in_fan_out, grouped Conv2d
         warnings.simplefilter("ignore")
@@ -104,7 +106,8 @@ def _inject(model: torch.nn.Module, config: LoraConfig, adapter_name: str) -> Pe
 
 
 def _check_injected(model: PeftModel, envelope: Envelope, adapter_name: str) -> None:
-    for name, layer in lora_layers(model, adapter_name).items():
+    injected = lora_layers(model, adapter_name)
+    for name, layer in injected.items():
         if kind(layer) not in KINDS:
             what = f"{type(layer).__name__} over {type(layer.get_base_layer()).__name__}"
             rule = f"target {name!r} ({what}) is not supported"
@@ -113,17 +116,46 @@ def _check_injected(model: PeftModel, envelope: Envelope, adapter_name: str) -> 
             # PEFT computes its weight norm from a view that a padded rank changes
             rule = f"target {name!r} is a grouped convolution, where padded DoRA is not exact"
             raise InvalidEnvelope("use_dora", rule)
-        hook = getattr(layer.get_base_layer(), "_hf_hook", None)
-        if getattr(hook, "offload", False):
-            rule = f"target {name!r} is offloaded: its weights move on every call"
-            raise InvalidEnvelope("target_modules", rule)
+        refuse_offloaded(name, layer.get_base_layer(), "target_modules")
+    if not isinstance(envelope.target_modules, str):
+        for target in envelope.target_modules:  # PEFT is content if it finds one of them
+            if not any(f".{name}".endswith(f".{target}") for name in injected):
+                raise InvalidEnvelope("target_modules", f"the model has no module {target!r}")
     saved = saved_modules(model, adapter_name)
     for suffix in envelope.modules_to_save or ():
         if not any(name.endswith(suffix) for name in saved):
             raise InvalidEnvelope("modules_to_save", f"the model has no module {suffix!r}")
     for name, wrapper in saved.items():
+        refuse_offloaded(name, wrapper.original_module, "modules_to_save")
         if any(isinstance(module, LoraLayer) for module in wrapper.modules()):
             raise InvalidEnvelope("modules_to_save", f"there are LoRA targets inside {name!r}")
+
+
+def refuse_offloaded(name: str, module: torch.nn.Module, field: str) -> None:
+    """A module whose weights accelerate brings on every call has no memory to keep a slot in.
+
+    Raises:
+        InvalidEnvelope: the module, or one inside it, is offloaded.
+    """
+    for inner in module.modules():
+        hook = getattr(inner, "_hf_hook", None)
+        hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+        if any(isinstance(one, CpuOffload) or getattr(one, "offload", False) for one in hooks):
+            raise InvalidEnvelope(field, f"module {name!r} is offloaded: its weights move")
+
+
+def _refuse_unpreparable(model: torch.nn.Module, envelope: Envelope) -> None:
+    """What has to be known before PEFT changes the model."""
+    hook = getattr(base_of(model), "_hf_hook", None)
+    if isinstance(hook, CpuOffload):
+        raise InvalidEnvelope("target_modules", "the model is offloaded: its weights move")
+    for name, module in model.named_modules():
+        if envelope.use_dora and type(module).__name__ == "Linear8bitLt":
+            weight = cast(torch.Tensor, module.weight)
+            if weight.device.type == "cpu":
+                # PEFT reads the weight in a way that leaves the layer without its scales
+                rule = f"{name!r} is an 8 bit layer on a CPU, where PEFT's DoRA does not work"
+                raise InvalidEnvelope("use_dora", rule)
 
 
 def _detach(model: PeftModel, adapter_name: str) -> None:
@@ -153,7 +185,8 @@ class Undo:
         }
 
     def restore(self) -> None:
-        for name, module in list(self._base.named_modules()):
+        # from the inside out: what is inside a wrapper that goes away has to be restored before
+        for name, module in reversed(list(self._base.named_modules())):
             if isinstance(module, LoraLayer):
                 self._restore_layer(name, module)
             elif isinstance(module, ModulesToSaveWrapper):

@@ -117,6 +117,7 @@ def _build(
     dtype = sites.parameter_dtype(model, adapter_name)
     try:
         peft_model = layers.inject(model, envelope, adapter_name)
+        sites.pin_scalings(peft_model, adapter_name)
         found = list(sites.sites(peft_model, envelope, adapter_name, dtype))
         layout = lay_out(
             (site.place for site in found),

@@ -12,12 +12,32 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
 from .envelope import Envelope
-from .layers import base_of, lora_layers, saved_modules
+from .layers import base_of, lora_layers, refuse_offloaded, saved_modules
 from .layout import BIAS, MAGNITUDE, SAVED, SCALING, Place
 from .revision import tensor_digest
 from .roles import kind, padding, roles
 
 PREFIX = "base_model.model."
+
+
+class Scalings(dict[str, Any]):
+    """A LoRA layer's scalings, of which a slot's are written into the slot and never rebound.
+
+    PEFT's set_scale and unscale_layer, and diffusers' scale for one call, assign to the dict. That
+    would leave the model with a scaling that no commit reaches.
+    """
+
+    def pin(self, name: str, tensor: torch.Tensor) -> None:
+        """Let assignments to this name write to this tensor from now on."""
+        super().__setitem__(name, tensor)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        held = self.get(name)
+        # copies of the model come without slots: what they hold is a tensor as any other
+        if isinstance(held, torch.Tensor) and value is not held:
+            held.copy_(torch.as_tensor(value))
+        else:
+            super().__setitem__(name, value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +64,8 @@ class Site:
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """Bind a tensor there; returns what the model now holds."""
-        if isinstance(self.holder, dict):
-            self.holder[self.name] = tensor
+        if isinstance(self.holder, Scalings):
+            self.holder.pin(self.name, tensor)
             return tensor
         if isinstance(self.holder, torch.nn.Module) and self.name not in self.holder._buffers:
             tensor = torch.nn.Parameter(tensor, requires_grad=False)
@@ -83,6 +103,13 @@ def sites(
             holder=layer.scaling,
             name=adapter_name,
         )
+
+
+def pin_scalings(model: PeftModel, adapter_name: str) -> None:
+    """Give the adapter's layers scalings that a slot can hold on to."""
+    for layer in lora_layers(model, adapter_name).values():
+        if not isinstance(layer.scaling, Scalings):
+            layer.scaling = Scalings(layer.scaling)
 
 
 def _lora_sites(
@@ -136,6 +163,7 @@ def _bias_sites(
         bias = owner._parameters.get("bias")
         if bias is not None:
             module = name.removesuffix(".base_layer")
+            refuse_offloaded(module, owner, "bias")
             yield _base_site(f"{PREFIX}{name}.bias", module, BIAS, owner, "bias", bias)
 
 

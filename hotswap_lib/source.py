@@ -68,13 +68,19 @@ class Adapter:
         """
         from peft import get_peft_model_state_dict
 
+        from .attachment import show_as_live
+
         model = getattr(model, "_orig_mod", model)
         peft_config = getattr(model, "peft_config", {})
         if adapter_name not in peft_config:
             rule = f"the model has {sorted(peft_config) or 'no adapters'}"
             raise AdapterNotFound(adapter_name, None, rule)
+        # not model.state_dict(), in which bitsandbytes repacks the weights of a live model
+        held = dict(model.named_parameters(remove_duplicate=False))
+        held.update(model.named_buffers(remove_duplicate=False))
+        show_as_live(model, held)
         state = get_peft_model_state_dict(
-            model, adapter_name=adapter_name, save_embedding_layers=False
+            model, state_dict=held, adapter_name=adapter_name, save_embedding_layers=False
         )
         tensors = {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
         config = peft_config[adapter_name].to_dict()

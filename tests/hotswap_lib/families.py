@@ -87,10 +87,12 @@ class Family:
                 output = model(IDS).logits
         return output
 
-    def save(
-        self, folder: Path, *, seed: int, dtype: torch.dtype = torch.float32, **config: Any
-    ) -> Path:
-        """Write an adapter with random weights, the way that a trainer would."""
+    def save(self, folder: Path, *, seed: int, **config: Any) -> Path:
+        """Write an adapter with random weights, the way that a trainer would.
+
+        ``config`` is LoraConfig's, and ``dtype``: what the weights are stored in.
+        """
+        dtype = config.pop("dtype", torch.float32)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = get_peft_model(self.base(), LoraConfig(**config))

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 
-from hotswap_lib import CompileGuard, RecompiledAfterWarmup, hotswap_adapter, pack, prepare
+from hotswap_lib import (
+    AdapterImage,
+    CompileGuard,
+    Envelope,
+    RecompiledAfterWarmup,
+    Slot,
+    hotswap_adapter,
+    null_image,
+    pack,
+    prepare,
+)
+
+from .families import FAMILIES, randomize
 
 Adapters = dict[str, Path]
+# A compiled model fuses what the eager one rounds step by step, all of it in float32.
+TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +126,153 @@ def test_a_whole_compiled_peft_model_is_swapped_without_a_recompilation(
         reference = tiny.logits(tiny.peft_model(adapters[name]))
         torch.testing.assert_close(tiny.logits(compiled), reference, rtol=1e-5, atol=1e-5)
     guard.check()
+
+
+def compile_whole(slot: Slot, **how: Any) -> Any:
+    return torch.compile(slot.model, **how)
+
+
+def compile_layers(slot: Slot, **how: Any) -> Any:
+    for layer in slot.model.get_base_model().model.layers:
+        layer.compile(**how)
+    return slot.model
+
+
+def swap_fifty_times(
+    slot: Slot,
+    eager: Slot,
+    images: Mapping[str, AdapterImage],
+    run: Callable[[torch.nn.Module], torch.Tensor],
+    compiled: torch.nn.Module,
+) -> None:
+    """Random swaps and rollbacks of a warm compiled slot, each compared with an eager slot."""
+    where = {key: tensor.data_ptr() for key, tensor in slot.tensors.items()}
+    staged = {name: (slot.stage(image), eager.stage(image)) for name, image in images.items()}
+    for _ in range(3):
+        run(compiled)
+    guard, order = CompileGuard(), random.Random(0)
+    outputs = {}
+    for turn in range(50):
+        if turn % 7 == 6:
+            slot.rollback()
+            eager.rollback()
+        else:
+            mine, other = staged[order.choice(sorted(staged))]
+            slot.commit(mine)
+            eager.commit(other)
+        slot.check_pinned()
+        output = run(compiled)
+        outputs[slot.revision] = output.clone()
+        torch.testing.assert_close(output, run(eager.model), **TOLERANCE)
+    assert (guard.recompiles, guard.limit_hits) == (0, 0)
+    guard.check()
+    slot.verify()
+    assert where == {key: tensor.data_ptr() for key, tensor in slot.tensors.items()}
+    # every image was live, and none was mistaken for another
+    assert len(outputs) == len(images)
+    values = list(outputs.values())
+    assert not any(torch.allclose(a, b, **TOLERANCE) for a in values for b in values if a is not b)
+
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SAVED = ["lm_head", "model.norm"]
+CONFIGS: dict[str, dict[str, Any]] = {
+    "wide": {"r": 8, "lora_alpha": 16, "target_modules": ALL},
+    "attention": {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]},
+    "rslora": {"r": 2, "target_modules": ["k_proj", "up_proj"], "use_rslora": True},
+    "patterns": {"r": 1, "target_modules": ALL, "rank_pattern": {"o_proj": 8, "q_proj": 3}},
+}
+DORA_CONFIGS: dict[str, dict[str, Any]] = {
+    "both": {"r": 8, "target_modules": ALL[:3], "use_dora": True, "modules_to_save": SAVED},
+    "dora": {"r": 3, "target_modules": ["q_proj"], "use_dora": True},
+    "saved": {"r": 2, "target_modules": ["k_proj"], "modules_to_save": ["lm_head"]},
+    "neither": {"r": 4, "target_modules": ALL[:3], "use_rslora": True},
+}
+
+
+def one_layer() -> Any:
+    """The smallest Llama: what is compiled for real has to be compiled in seconds."""
+    model: Any = FAMILIES["llama"].base()
+    del model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+    return model
+
+
+def pack_all(
+    configs: Mapping[str, dict[str, Any]], slot: Slot, folder: Path
+) -> dict[str, AdapterImage]:
+    images = {"base": null_image(slot.layout)}
+    for seed, (name, config) in enumerate(configs.items()):
+        model = get_peft_model(one_layer(), LoraConfig(**config))
+        randomize(model, seed)
+        model.save_pretrained(str(folder / name))
+        images[name] = pack(folder / name, slot.layout)
+    return images
+
+
+# Guards are dynamo's and the same for every backend; code is generated for the modes in use.
+@pytest.mark.parametrize(("dynamic", "backend"), [(False, "inductor"), (True, "eager")])
+@pytest.mark.parametrize("compile_it", [compile_whole, compile_layers])
+def test_fifty_random_swaps_recompile_nothing_in_any_compile_mode(
+    tmp_path: Path, compile_it: Callable[..., Any], dynamic: bool, backend: str
+) -> None:
+    slot, eager = (prepare(one_layer(), envelope=Envelope(8, ALL)) for _ in range(2))
+    images = pack_all(CONFIGS, slot, tmp_path)
+    compiled = compile_it(slot, dynamic=dynamic, backend=backend)
+    swap_fifty_times(slot, eager, images, FAMILIES["llama"].outputs, compiled)
+
+
+@pytest.mark.parametrize(
+    ("compile_it", "backend"), [(compile_whole, "eager"), (compile_layers, "inductor")]
+)
+def test_swaps_between_adapters_with_and_without_dora_and_saved_modules_recompile_nothing(
+    tmp_path: Path, compile_it: Callable[..., Any], backend: str
+) -> None:
+    envelope = Envelope(8, ALL[:3], SAVED, use_dora=True)
+    slot, eager = (prepare(one_layer(), envelope=envelope) for _ in range(2))
+    images = pack_all(DORA_CONFIGS, slot, tmp_path)
+    compiled = compile_it(slot, dynamic=False, backend=backend)
+    swap_fifty_times(slot, eager, images, FAMILIES["llama"].outputs, compiled)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.parametrize("compile_it", [compile_whole, compile_layers])
+def test_fifty_random_swaps_record_no_new_cuda_graph_either(
+    tmp_path: Path, compile_it: Callable[..., Any]
+) -> None:
+    slot, eager = (prepare(one_layer().cuda(), envelope=Envelope(8, ALL)) for _ in range(2))
+    images = pack_all(CONFIGS, slot, tmp_path)
+    compiled = compile_it(slot, dynamic=False, mode="reduce-overhead")
+    ids = torch.arange(12, device="cuda")[None]
+
+    def run(model: Any) -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            # copied, because the next run writes its outputs over these
+            output: torch.Tensor = model(ids).logits.clone()
+        return output
+
+    swap_fifty_times(slot, eager, images, run, compiled)
+
+
+def test_scalings_that_are_numbers_hit_the_recompile_limit_and_the_guard_says_so(
+    tiny: Any, adapters: Adapters
+) -> None:
+    model = tiny.peft_model(adapters["attention"])  # as PEFT leaves it, not prepared
+    for layer in model.get_base_model().model.layers:
+        layer.compile(backend="eager", dynamic=False)
+    tiny.logits(model)
+    guard = CompileGuard()
+    with torch._dynamo.config.patch(recompile_limit=4):  # the two layers share one function
+        for scaling in (0.25, 0.5, 0.75, 1.5):
+            for layer in model.modules():
+                if isinstance(layer, LoraLayer):
+                    layer.scaling["default"] = scaling
+            tiny.logits(model)
+    assert guard.recompiles > 0
+    assert guard.limit_hits > 0
+    with pytest.raises(RecompiledAfterWarmup, match="recompile limits") as caught:
+        guard.check()
+    assert caught.value.recompiles == guard.recompiles
+    assert caught.value.limit_hits == guard.limit_hits

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
 from safetensors import safe_open
 
 from hotswap_lib import (
@@ -24,6 +23,8 @@ from hotswap_lib import (
     save_image,
 )
 from hotswap_lib.memory import ALIGNMENT
+
+from .families import FAMILIES
 
 Adapters = dict[str, Path]
 

@@ -5,9 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
 from hypothesis import HealthCheck, Phase, given, settings
-from test_swaps_property import stories
 
 from hotswap_lib import (
     AdapterRefused,
@@ -24,6 +22,9 @@ from hotswap_lib import (
     sketch_layout,
     suggest_envelope,
 )
+
+from .families import FAMILIES
+from .test_swaps_property import stories
 
 Adapters = dict[str, Path]
 

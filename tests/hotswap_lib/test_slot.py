@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -185,7 +186,7 @@ def test_verify_names_the_scaling_with_one_flipped_bit(
 
 
 def _replace_scaling(layer: Any) -> None:
-    layer.scaling["default"] = float(layer.scaling["default"])
+    dict.__setitem__(layer.scaling, "default", float(layer.scaling["default"]))
 
 
 def _replace_parameter(layer: Any) -> None:
@@ -210,6 +211,67 @@ def test_a_slot_tensor_that_was_rebound_is_noticed(
     for check in (slot.check_pinned, slot.verify):
         with pytest.raises(SlotTensorMoved, match=r"layers\.0\.self_attn\.q_proj"):
             check()
+
+
+def _assign(layer: Any) -> None:
+    layer.scaling["default"] = 3.5
+
+
+def _set_scale(layer: Any) -> None:
+    layer.set_scale("default", 0.25)
+
+
+def _scale(layer: Any) -> None:
+    layer.scale_layer(0.25)
+
+
+def _unscale(layer: Any) -> None:
+    layer.unscale_layer(0.25)
+
+
+def _reset_scale(layer: Any) -> None:
+    layer.unscale_layer()
+
+
+@pytest.mark.parametrize("assign", [_assign, _set_scale, _scale, _unscale, _reset_scale])
+def test_peft_writes_scalings_into_the_slot_and_a_commit_brings_them_back(
+    slot: Slot,
+    tiny: Any,
+    expected: Expected,
+    stage: Callable[[str], Staged],
+    assign: Callable[[Any], None],
+) -> None:
+    slot.commit(stage("patterns"))
+    assign(slot.model.get_base_model().get_submodule(Q))
+    slot.check_pinned()
+    with pytest.raises(VerifyFailed, match=r"layers\.0\.self_attn\.q_proj\.scaling"):
+        slot.verify()
+    assert not torch.equal(tiny.logits(slot.model), expected["patterns"])
+    slot.commit(stage("patterns"))
+    slot.verify()
+    assert torch.equal(tiny.logits(slot.model), expected["patterns"])
+
+
+def test_a_scale_for_one_call_leaves_nothing_behind(
+    slot: Slot, stage: Callable[[str], Staged]
+) -> None:
+    slot.commit(stage("patterns"))
+    layer = slot.model.get_base_model().get_submodule(Q)
+    layer.scale_layer(0.5)
+    layer.unscale_layer(0.5)
+    slot.verify()
+
+
+def test_a_copy_of_the_model_has_scalings_of_its_own(
+    slot: Slot, tiny: Any, stage: Callable[[str], Staged]
+) -> None:
+    slot.commit(stage("patterns"))
+    before = tiny.logits(slot.model)
+    copied = copy.deepcopy(slot.model)
+    copied.get_base_model().get_submodule(Q).scaling["default"] = 0.0
+    slot.verify()
+    assert torch.equal(tiny.logits(slot.model), before)
+    assert not torch.equal(tiny.logits(copied), before)
 
 
 def test_a_commit_inside_inference_mode_works_and_one_outside_after_it(

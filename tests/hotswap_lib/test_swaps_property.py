@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Family
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from hotswap_lib import BASE, Envelope, hotswap_adapter, prepare
+
+from .families import FAMILIES, Family
 
 # Against a model of the adapter's own rank, relative to the largest output: sums over more zeros
 # may be grouped another way.
