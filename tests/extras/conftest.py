@@ -1,7 +1,7 @@
 """Libraries that the main environment does not have: they slow every PEFT injection down.
 
     pip install --no-deps --target FOLDER bitsandbytes torchao diffusers pillow
-    PYTHONPATH=FOLDER python -m pytest tests/quantized
+    PYTHONPATH=FOLDER python -m pytest tests/extras
 
 Without them these tests are skipped.
 """

@@ -24,9 +24,9 @@ from tests.hotswap_lib.families import pad, randomize
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of diffusers' own imports
-    pytest.importorskip("PIL", reason="diffusers needs pillow: see tests/quantized/conftest.py")
+    pytest.importorskip("PIL", reason="diffusers needs pillow: see tests/extras/conftest.py")
     diffusers: Any = pytest.importorskip(
-        "diffusers", reason="diffusers is not installed: see tests/quantized/conftest.py"
+        "diffusers", reason="diffusers is not installed: see tests/extras/conftest.py"
     )
 
 MAX_RANK = 8

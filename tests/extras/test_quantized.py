@@ -145,7 +145,7 @@ class Quantized:
 
 
 def require(library: str) -> None:
-    reason = f"{library} is not installed: see tests/quantized/conftest.py"
+    reason = f"{library} is not installed: see tests/extras/conftest.py"
     pytest.importorskip(library, reason=reason)
 
 
