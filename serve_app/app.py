@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from hotswap_lib import BASE, AdapterRefused, load_adapter
+from hotswap_lib import BASE, AdapterRefused, InvalidEnvelope, load_adapter
 
 from . import loading
 from .controller import RolloutController
@@ -67,10 +67,11 @@ def _checked(settings: Settings) -> Settings:
     """What can be known before anything starts: the model can be served, the adapter be read."""
     try:
         loading.check(settings)
+        loading.envelope(settings)
         if settings.adapter is None or settings.adapter == BASE.name:
             return settings
         load_adapter(settings.adapter, name=settings.adapter_name)
-    except (UnsupportedModel, EmbeddedModelMissing, AdapterRefused) as error:
+    except (UnsupportedModel, EmbeddedModelMissing, AdapterRefused, InvalidEnvelope) as error:
         raise InvalidSettings(str(error)) from error
     # replicas and the controller may have another working directory
     local = Path(settings.adapter).expanduser()

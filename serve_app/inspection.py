@@ -145,27 +145,26 @@ def inspection_screen(document: InspectionDocument) -> RenderableType:
             f"{one.cost.own_bytes / one.cost.image_bytes:.0%}",
         )
     bases = sorted({one.base_model or "not told" for one in document.adapters})
-    envelope = document.envelope
-    fields = [f"max_rank={envelope.max_rank}", f"target_modules={_shown(envelope.target_modules)}"]
-    if envelope.modules_to_save:
-        fields.append(f"modules_to_save={_shown(envelope.modules_to_save)}")
-    fields += [f"{flag}=True" for flag in ("use_dora", "lora_bias") if getattr(envelope, flag)]
-    if envelope.bias != "none":
-        fields.append(f"bias={envelope.bias!r}")
     image = _mb(max(one.cost.image_bytes for one in document.adapters))
-    notes = f"base model: {', '.join(bases)}\nsmallest envelope: Envelope({', '.join(fields)})"
+    notes = f"base model: {', '.join(bases)}\nsmallest envelope: {_settings(document.envelope)}"
     notes += f"\neach takes {image} in it; own share is how much of that is its own values"
     return Group(table, Text(notes))
+
+
+def _settings(envelope: EnvelopeView) -> str:
+    """As `serve run` takes them."""
+    words = [f"max_rank={envelope.max_rank}", f"target_modules={','.join(envelope.target_modules)}"]
+    if envelope.modules_to_save:
+        words.append(f"modules_to_save={','.join(envelope.modules_to_save)}")
+    words += [f"{flag}=true" for flag in ("use_dora", "lora_bias") if getattr(envelope, flag)]
+    if envelope.bias != "none":
+        words.append(f"bias={envelope.bias}")
+    return " ".join(words)
 
 
 def _range(numbers: Iterable[int]) -> str:
     found = sorted(set(numbers))
     return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
-
-
-def _shown(names: Sequence[str]) -> str:
-    more = [f"… {len(names) - 8} more"] if len(names) > 8 else []
-    return "[" + ", ".join([*map(repr, names[:8]), *more]) + "]"
 
 
 def _mb(nbytes: int) -> str:

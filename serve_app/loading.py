@@ -51,6 +51,27 @@ def check(settings: Settings) -> None:
         raise UnsupportedModel(settings.model, why)
 
 
+def envelope(settings: Settings) -> Envelope:
+    """What the fleet's adapters may be.
+
+    Raises:
+        InvalidEnvelope: two of the settings exclude each other.
+    """
+    targets, saved = settings.target_modules, settings.modules_to_save
+    return Envelope(
+        max_rank=settings.max_rank,
+        target_modules=targets if targets == "all-linear" else _names(targets),
+        modules_to_save=None if saved is None else _names(saved),
+        use_dora=settings.use_dora,
+        lora_bias=settings.lora_bias,
+        bias=settings.bias,
+    )
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",") if name.strip()]
+
+
 def load(settings: Settings) -> Loaded:
     """Load on the best device this process sees, and prepare for the settings' envelope."""
     check(settings)
@@ -61,9 +82,7 @@ def load(settings: Settings) -> Loaded:
         path, dtype=settings.dtype, attn_implementation="sdpa", **hub
     ).to(device)
     tokenizer = AutoTokenizer.from_pretrained(path, **hub)
-    targets = settings.target_modules
-    modules = targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
-    slot = prepare(model, envelope=Envelope(max_rank=settings.max_rank, target_modules=modules))
+    slot = prepare(model, envelope=envelope(settings))
     return Loaded(slot=slot, tokenizer=tokenizer, eos_token_ids=_eos_token_ids(model, tokenizer))
 
 

@@ -57,6 +57,15 @@ class Settings(BaseModel):
     target_modules: Annotated[
         str, Field(min_length=1, description="'all-linear', or names separated by commas")
     ] = "all-linear"
+    modules_to_save: Annotated[
+        str | None,
+        Field(min_length=1, description="modules that adapters may replace, separated by commas"),
+    ] = None
+    use_dora: Annotated[bool, Field(description="whether adapters may use DoRA")] = False
+    lora_bias: Annotated[bool, Field(description="whether they may have a bias on lora_B")] = False
+    bias: Annotated[
+        Literal["none", "lora_only", "all"], Field(description="whose biases they may replace")
+    ] = "none"
 
     # the fleet
     replicas: Annotated[int, Field(ge=1)] = 2

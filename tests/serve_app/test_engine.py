@@ -11,15 +11,20 @@ import inspect
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import aclosing
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaForCausalLM
 
-from hotswap_lib import AdapterImage, Slot
+from hotswap_lib import AdapterImage, Envelope, Slot, pack, prepare
 from serve_app.admission import DrainTimeout
 from serve_app.engine import Engine, EngineStopped, GenerationFailed, Step
 from serve_app.settings import Settings
 from tests.e2e.tiny_world import TinyWorld
+from tests.hotswap_lib.families import randomize
 
 from .conftest import new_slot
 from .fakes import until
@@ -38,11 +43,12 @@ class Running:
         world: TinyWorld,
         images: dict[str, AdapterImage],
         kind: type[Engine] = Engine,
+        slot: Slot | None = None,
         **settings: Any,
     ) -> None:
         given = {"compile": False, "max_ongoing_requests": 8, "kv_cache_tokens": 2048}
         self.world, self.images = world, images
-        self.slot: Slot = new_slot(world)
+        self.slot: Slot = slot or new_slot(world)
         self._runner = asyncio.Runner()
         self.engine = kind(
             self.slot,
@@ -122,6 +128,47 @@ def test_greedy_answers_are_those_of_a_plain_peft_model(eager: Running, name: st
             assert eager.is_exact(step, ids)
 
     eager(story())
+
+
+DORA: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"], "use_dora": True, "r": 8}
+HEAD: dict[str, Any] = {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"], "r": 2}
+
+
+def test_dora_and_saved_heads_are_served_exactly_by_a_compiled_model(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    def llama() -> Any:
+        return LlamaForCausalLM.from_pretrained(world.model, attn_implementation="sdpa").eval()
+
+    def plain(path: Path) -> list[int]:
+        model = PeftModel.from_pretrained(llama(), str(path)).eval()
+        ids = torch.tensor([SHORT])
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12
+        )
+        return list(out[0, len(SHORT) :].tolist())
+
+    for seed, (name, config) in enumerate({"dora": DORA, "head": HEAD}.items(), start=1):
+        model = get_peft_model(llama(), LoraConfig(**config))
+        randomize(model, seed)
+        model.save_pretrained(str(tmp_path / name))
+    envelope = Envelope(max_rank=8, use_dora=True, modules_to_save=["lm_head"])
+    slot = prepare(llama(), envelope=envelope)
+    images = {name: pack(tmp_path / name, slot.layout) for name in ("dora", "head")}
+    running = Running(world, images, slot=slot, compile=True)
+    try:
+
+        async def story() -> None:
+            await running.engine.warm_up()
+            running.engine.admission.open()
+            for name in ("dora", "head", "dora"):
+                await running.swap(name)
+                assert (await running.answer(SHORT)).token_ids == plain(tmp_path / name)
+            running.engine.guard.check()
+
+        running(story())
+    finally:
+        running.close()
 
 
 def test_the_adapters_answer_differently_so_the_tests_here_can_tell_them_apart(

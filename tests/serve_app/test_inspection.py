@@ -9,7 +9,10 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
+from hotswap_lib import suggest_envelope
 from serve_app import cli
+from serve_app.loading import envelope
+from serve_app.settings import parse
 
 ADAPTERS = sorted(
     str(path) for path in (Path(cli.__file__).parent / "adapters").iterdir() if path.is_dir()
@@ -19,9 +22,17 @@ ADAPTERS = sorted(
 def test_it_shows_the_adapters_and_one_envelope_for_all() -> None:
     result = CliRunner().invoke(cli.app, ["inspect", *ADAPTERS], terminal_width=100)
     assert result.exit_code == 0, result.output
-    assert "smallest envelope: Envelope(max_rank=16" in result.output
+    assert "smallest envelope: max_rank=16 target_modules=down_proj," in result.output
     assert "rsLoRA" in result.output
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in result.output
+
+
+def test_the_envelope_is_what_the_server_takes() -> None:
+    result = CliRunner().invoke(cli.app, ["inspect", *ADAPTERS], terminal_width=100)
+    line = next(line for line in result.output.splitlines() if "smallest envelope: " in line)
+    words = line.partition("smallest envelope: ")[2].split()
+    parsed = parse(dict(word.split("=", 1) for word in words))
+    assert envelope(parsed) == suggest_envelope(ADAPTERS)
 
 
 def test_as_json_it_is_one_document_whose_bytes_add_up() -> None:
