@@ -8,6 +8,7 @@ from .envelope import Envelope
 from .errors import (
     AdapterConfigInvalid,
     AdapterFormatRefused,
+    AdapterMerged,
     AdapterNameInvalid,
     AdapterNotFound,
     AdapterRefused,
@@ -56,6 +57,7 @@ __all__ = [
     "AdapterConfigInvalid",
     "AdapterFormatRefused",
     "AdapterImage",
+    "AdapterMerged",
     "AdapterNameInvalid",
     "AdapterNotFound",
     "AdapterRefused",

@@ -30,28 +30,35 @@ class _Slots(dict[str, "Slot"]):
 
 def find_slot(model: torch.nn.Module, adapter_name: str) -> Slot | None:
     """The model's slot, looked up through ``torch.compile``'s wrapper; None without one."""
-    return _slots(getattr(model, "_orig_mod", model)).get(adapter_name)
+    return _slots(_home(model)).get(adapter_name)
 
 
 def slots(model: torch.nn.Module) -> Sequence[Slot]:
     """All slots of a model."""
-    return tuple(_slots(model).values())
+    return tuple(_slots(_home(model)).values())
+
+
+def _home(model: torch.nn.Module) -> torch.nn.Module:
+    # the model inside the PeftModel, so that it leads to its slots as well
+    return layers.base_of(getattr(model, "_orig_mod", model))
 
 
 def attach(slot: Slot) -> None:
     """Make a slot findable from its model."""
     model = slot.model
-    _hook(model, _show_in_state_dict)[slot.adapter_name] = slot
+    if not _slots(_home(model)):
+        hook: Any = model.register_state_dict_post_hook
+        hook(_show_in_state_dict)
+    _of(_home(model))[slot.adapter_name] = slot
     for wrapper in layers.saved_modules(model, slot.adapter_name).values():
         saved = wrapper.modules_to_save[slot.adapter_name]
-        _hook(saved, _leave_out_unsaved)[slot.adapter_name] = slot
+        saved.register_state_dict_post_hook(_leave_out_unsaved)
+        _of(saved)[slot.adapter_name] = slot
 
 
-def _hook(module: torch.nn.Module, hook: Any) -> _Slots:
-    if _ATTRIBUTE not in vars(module):
-        vars(module)[_ATTRIBUTE] = _Slots()
-        module.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
-    return _slots(module)
+def _of(module: torch.nn.Module) -> _Slots:
+    held: _Slots = vars(module).setdefault(_ATTRIBUTE, _Slots())
+    return held
 
 
 def _slots(module: torch.nn.Module) -> _Slots:
@@ -70,7 +77,7 @@ def show_as_live(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix:
     modules. What PEFT's save_pretrained writes is made from this.
     """
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-    for slot in _slots(model).values():
+    for slot in slots(model):
         ranks, written = slot.live.ranks, set(slot.live.written)
         for index, entry in enumerate(slot.layout.entries):
             key = f"{prefix}{names.get(id(slot.tensors[entry.key]))}"

@@ -52,6 +52,8 @@ class Envelope:
         if not isinstance(target_modules, str):
             # sorted, because a set has no order and equal envelopes must be equal
             target_modules = tuple(sorted(target_modules))
+        if isinstance(modules_to_save, str):
+            raise InvalidEnvelope("modules_to_save", f"is a list of names, not {modules_to_save!r}")
         if isinstance(dtype, torch.dtype):
             dtype = str(dtype).removeprefix("torch.")
         for field, value in {

@@ -22,6 +22,7 @@
     ├── NothingToRollBack                 nothing_to_roll_back
     ├── NotPrepared                       not_prepared
     ├── AlreadyCompiled                   already_compiled
+    ├── AdapterMerged                     adapter_merged
     ├── VerifyFailed                      verify_failed
     │   └── SlotTensorMoved               slot_tensor_moved
     └── RecompiledAfterWarmup             recompiled_after_warmup
@@ -214,6 +215,19 @@ class AlreadyCompiled(HotswapError):
 
     def __str__(self) -> str:
         return f"{self.module} is compiled already: prepare the model before compiling it"
+
+
+class AdapterMerged(HotswapError):
+    """The adapter is merged into the base weights, where no commit reaches it."""
+
+    code = "adapter_merged"
+
+    def __init__(self, adapter_name: str) -> None:
+        super().__init__(adapter_name)
+        self.adapter_name = adapter_name
+
+    def __str__(self) -> str:
+        return f"adapter {self.adapter_name!r} is merged into the base model: unmerge it first"
 
 
 class VerifyFailed(HotswapError):

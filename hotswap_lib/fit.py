@@ -6,14 +6,11 @@ checked by `hotswap_lib.image` on the packed bytes, after the cast into the slot
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 
 from .envelope import Envelope
 from .errors import (
@@ -26,67 +23,14 @@ from .errors import (
     ShapeMismatch,
     TargetOutsideEnvelope,
 )
-from .layout import BIAS, MAGNITUDE, SAVED, Entry, Layout
+from .layout import BIAS, MAGNITUDE, PREFIX, SAVED, Entry, Layout
 from .revision import tensor_digest
 from .roles import LORA_BIAS
+from .settings import Settings, read_settings, refuse_unsupported
 from .source import Adapter
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _PAIR = re.compile(r"(?P<module>.+)\.lora_(embedding_)?[AB](\.weight)?")
-
-# Fields that no envelope can hold.
-_NO_PLACE = {
-    "trainable_token_indices": "trained tokens",
-    "target_parameters": "LoRA on bare parameters",
-}
-# Fields of other methods that travel under the name of LoRA.
-_OTHER_METHODS = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "megatron_config",
-    "monteclora_config",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
-# Every other initialisation rewrites the base weights when PEFT loads the adapter.
-_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """The configuration fields that matter to a slot, checked and with defaults filled in."""
-
-    r: int
-    lora_alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    use_rslora: bool
-    use_dora: bool
-    lora_bias: bool
-    bias: str
-    modules_to_save: tuple[str, ...]
-
-    def rank(self, module: str) -> int:
-        """The rank for a module, by the rule that PEFT creates its layers with."""
-        if not self.rank_pattern:
-            return self.r
-        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.r)
-
-    def scaling(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) for rsLoRA (peft.tuners.lora.layer.update_layer)."""
-        alpha = self.lora_alpha
-        if self.alpha_pattern:
-            alpha_key = get_pattern_key(list(self.alpha_pattern), module)
-            alpha = self.alpha_pattern.get(alpha_key, alpha)
-        rank = self.rank(module)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-    def saves(self, module: str) -> bool:
-        """Whether a module is one of modules_to_save (by suffix, as PEFT matches them)."""
-        return any(module.endswith(suffix) for suffix in self.modules_to_save)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +72,7 @@ def fit(adapter: Adapter, layout: Layout) -> Fit:
         AdapterRefused: the subclass for the rule that it breaks.
     """
     settings = read_settings(adapter)
+    refuse_unsupported(adapter)
     _refuse_features(adapter, settings, layout.envelope)
     entries = {entry.key: entry for entry in layout.entries if not entry.is_scaling}
     carried = {key for key in layout.base_weights if key in adapter.tensors}
@@ -143,6 +88,10 @@ def fit(adapter: Adapter, layout: Layout) -> Fit:
         for key, entry in entries.items()
         if entry.padding is not None and key in tensors
     }
+    for module in ranks:  # PEFT would leave such tensors where they are
+        if not settings.has_lora_on(module):
+            rule = f"it has LoRA on {module!r}, which its configuration does not target"
+            raise AdapterConfigInvalid(adapter.name, None, rule)
     if not ranks:
         raise MissingTensor(adapter.name, None, "there is no LoRA tensor in it")
     writes = []
@@ -180,86 +129,12 @@ def _scaling(adapter: Adapter, settings: Settings, module: str) -> float:
     return scaling
 
 
-def read_settings(adapter: Adapter) -> Settings:
-    """The scaling fields of an adapter's configuration.
-
-    Raises:
-        AdapterConfigInvalid: not LoRA, or a field of a senseless type or value.
-    """
-    config = adapter.config
-    if str(config.get("peft_type")).upper() != "LORA":
-        rule = f"peft_type is {config.get('peft_type')!r}, and only LORA is supported"
-        raise AdapterConfigInvalid(adapter.name, None, rule)
-    ranks = _pattern(adapter, "rank_pattern")
-    alphas = _pattern(adapter, "alpha_pattern")
-    for where, rank in {"r": config.get("r", 8), **ranks}.items():
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            rule = f"rank {where!r} in the configuration is {rank!r} and not a positive number"
-            raise AdapterConfigInvalid(adapter.name, None, rule)
-    for where, alpha in {"lora_alpha": config.get("lora_alpha", 8), **alphas}.items():
-        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-        if not number or not math.isfinite(alpha):
-            rule = f"alpha {where!r} in the configuration is {alpha!r} and not a finite number"
-            raise AdapterConfigInvalid(adapter.name, None, rule)
-    return Settings(
-        r=config.get("r", 8),
-        lora_alpha=config.get("lora_alpha", 8),
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        use_rslora=bool(config.get("use_rslora", False)),
-        use_dora=bool(config.get("use_dora", False)),
-        lora_bias=bool(config.get("lora_bias", False)),
-        bias=_bias(adapter),
-        modules_to_save=_modules_to_save(adapter),
-    )
-
-
-def _bias(adapter: Adapter) -> str:
-    bias = adapter.config.get("bias") or "none"
-    if bias not in ("none", "lora_only", "all"):
-        rule = f"bias is {bias!r}, and only 'none', 'lora_only' and 'all' mean something"
-        raise AdapterConfigInvalid(adapter.name, None, rule)
-    return str(bias)
-
-
-def _modules_to_save(adapter: Adapter) -> tuple[str, ...]:
-    saved = adapter.config.get("modules_to_save") or ()
-    if isinstance(saved, str) or not all(isinstance(name, str) for name in saved):
-        rule = f"modules_to_save is {saved!r} and not a list of names"
-        raise AdapterConfigInvalid(adapter.name, None, rule)
-    return tuple(saved)
-
-
-def _pattern(adapter: Adapter, field: str) -> dict[str, Any]:
-    pattern = adapter.config.get(field) or {}
-    if not isinstance(pattern, Mapping):
-        raise AdapterConfigInvalid(adapter.name, None, f"{field} is not a mapping")
-    for key in pattern:
-        try:
-            re.compile(key)
-        except (re.error, TypeError) as error:
-            rule = f"{field} has the key {key!r}, which is no regular expression"
-            raise AdapterConfigInvalid(adapter.name, None, rule) from error
-    return dict(pattern)
-
-
 def _refuse_features(adapter: Adapter, settings: Settings, envelope: Envelope) -> None:
     for field in ("use_dora", "lora_bias", "modules_to_save"):
         asked, given = getattr(settings, field), getattr(envelope, field)
         if asked and not given:  # even where the tensors are missing: PEFT would make them up
             rule = f"it has {field}={adapter.config[field]!r}, and the envelope has {given!r}"
             raise FeatureOutsideEnvelope(adapter.name, None, rule)
-    for field, words in _NO_PLACE.items():
-        if adapter.config.get(field) not in (None, [], {}):
-            rule = f"it uses {words} ({field}), for which no envelope has a place"
-            raise FeatureOutsideEnvelope(adapter.name, None, rule)
-    for field in _OTHER_METHODS:
-        if adapter.config.get(field):
-            raise AdapterRefused(adapter.name, None, f"it uses {field}, which is not supported")
-    init = adapter.config.get("init_lora_weights", True)
-    if init not in _HARMLESS_INITS:
-        rule = f"init_lora_weights={init!r} changes the base weights when the adapter is loaded"
-        raise AdapterRefused(adapter.name, None, rule)
 
 
 def _check_base_weight(adapter: Adapter, key: str, layout: Layout) -> None:
@@ -275,7 +150,7 @@ def _check_base_weight(adapter: Adapter, key: str, layout: Layout) -> None:
 def _unplaced(adapter: Adapter, key: str, layout: Layout) -> AdapterRefused:
     envelope = layout.envelope
     if match := _PAIR.fullmatch(key):
-        module = match["module"].removeprefix("base_model.model.")
+        module = match["module"].removeprefix(PREFIX)
         rule = (
             f"module {module!r} is not one of the envelope's targets "
             f"({_shown(envelope.target_modules)})"

@@ -19,7 +19,7 @@ from .attachment import find_slot
 from .envelope import Envelope
 from .errors import AlreadyCompiled, NotPrepared
 from .image import pack
-from .preparation import prepare
+from .preparation import prepare, smallest_envelope
 from .slot import Receipt, Slot
 from .source import Adapter
 
@@ -54,8 +54,8 @@ def hotswap_adapter(
 
 
 def _prepare_now(model: torch.nn.Module, adapter_name: str) -> Slot:
-    if not isinstance(model, PeftModel):
-        rule = "the model is no PeftModel, and it was not prepared before it was compiled"
+    if not isinstance(getattr(model, "_orig_mod", model), PeftModel):
+        rule = "the model is no PeftModel, and it was not prepared"
         raise NotPrepared(adapter_name, rule)
     try:
         return prepare(model, adapter_name=adapter_name)
@@ -108,7 +108,6 @@ def prepare_model_for_compiled_hotswap(
 
 
 def _envelope(model: PeftModel, adapter_name: str, target_rank: int | None) -> Envelope | None:
-    if target_rank is None:
+    if target_rank is None or not layers.lora_layers(model, adapter_name):
         return None
-    modules = list(layers.lora_layers(model, adapter_name))
-    return Envelope(max_rank=target_rank, target_modules=modules) if modules else None
+    return smallest_envelope(model, adapter_name, max_rank=target_rank)

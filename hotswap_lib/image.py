@@ -39,6 +39,7 @@ CONFIG_FIELDS = (
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
+    "ensure_weight_tying",
 )
 
 
@@ -106,7 +107,8 @@ class AdapterImage:
     def _compute_digest(self) -> str:
         head = [self.revision.name, self.revision.digest, self.layout_fingerprint]
         notes = [dict(self.config), dict(self.ranks), list(self.written)]
-        digest = blake3(json.dumps([head, notes], sort_keys=True).encode())
+        # not sorted: PEFT takes the first pattern that matches, so their order is content
+        digest = blake3(json.dumps([head, notes]).encode())
         for block in self.blocks:
             digest.update(block.data)
         return digest.hexdigest()
@@ -237,13 +239,15 @@ def _write(fitted: Fit, layout: Layout) -> list[Bytes]:
         if entry.padding is not None:
             shape[entry.padding.dim] = entry.padding.size(write.rank)
         _at(flat, entry, shape).copy_(write.tensor)
-    for index in range(len(blocks)):
-        scalings = [e for e in layout.entries if e.role == SCALING and e.block == index]
-        scalings = [entry for entry in scalings if entry.module in fitted.scalings]
-        if scalings:
-            where = torch.tensor([entry.offset // 4 for entry in scalings])
-            values = [fitted.scalings[entry.module] for entry in scalings]
-            flat[index, "float32"][where] = torch.tensor(values, dtype=torch.float32)
+    scalings: dict[tuple[int, str], list[Entry]] = {}
+    for entry in layout.entries:
+        if entry.role == SCALING and entry.module in fitted.scalings:
+            scalings.setdefault((entry.block, entry.dtype), []).append(entry)
+    for place, entries in scalings.items():
+        typed = flat[place]
+        where = torch.tensor([entry.offset // typed.itemsize for entry in entries])
+        values = [fitted.scalings[entry.module] for entry in entries]
+        typed[where] = torch.tensor(values, dtype=typed.dtype)
     return blocks
 
 

@@ -39,9 +39,7 @@ def save_image(image: AdapterImage, path: str | Path) -> None:
         "written": list(image.written),
         "digest": image.digest,
     }
-    header: dict[str, Any] = {
-        "__metadata__": {"format": _FORMAT, "image": json.dumps(described, sort_keys=True)}
-    }
+    header: dict[str, Any] = {"__metadata__": {"format": _FORMAT, "image": json.dumps(described)}}
     end = 0
     for index, block in enumerate(image.blocks):
         begin, end = end, end + block.nbytes

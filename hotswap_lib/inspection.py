@@ -14,12 +14,11 @@ import torch
 
 from .envelope import Envelope
 from .errors import MissingTensor
-from .fit import Settings, fit, read_settings
-from .layout import MAGNITUDE, SCALING, Layout, Padding, Place, lay_out
+from .fit import fit
+from .layout import MAGNITUDE, PREFIX, SCALING, Layout, Padding, Place, lay_out
 from .revision import Revision
+from .settings import Settings, read_settings
 from .source import Adapter, load_adapter
-
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +125,7 @@ def suggest_envelope(adapters: Iterable[str | Path | Adapter]) -> Envelope:
 
 
 def padding_cost(source: str | Path | Adapter, layout: Layout) -> PaddingCost:
-    """What a layout costs an adapter in bytes. What it costs in time: ``benchmarks.padding``.
+    """What a layout costs an adapter in bytes. What it costs in time: ``benchmarks.latency``.
 
     Raises:
         AdapterRefused: it does not fit the layout.
@@ -161,11 +160,11 @@ def sketch_layout(adapters: Sequence[Adapter], envelope: Envelope) -> Layout:
         settings = read_settings(adapter)
         for key, tensor in adapter.tensors.items():
             stem, _, role = key.rpartition(".lora_")
-            module = stem.removeprefix(_PREFIX)
+            module = stem.removeprefix(PREFIX)
             if key not in places and not key.endswith("base_layer.weight"):
                 places[key] = _sketch(key, module, f"lora_{role}", tensor, settings, envelope)
     for module in {place.module for place in places.values() if place.padding is not None}:
-        key = f"{_PREFIX}{module}.{SCALING}"
+        key = f"{PREFIX}{module}.{SCALING}"
         scaling = Place(
             key=key, module=module, role=SCALING, shape=(), dtype="float32", device="cpu"
         )
@@ -196,7 +195,7 @@ def _sketch(
 
 def _lora_modules(adapter: Adapter) -> list[str]:
     found = {
-        key.rpartition(".lora_")[0].removeprefix(_PREFIX)
+        key.rpartition(".lora_")[0].removeprefix(PREFIX)
         for key in adapter.tensors
         if ".lora_" in key
     }
@@ -222,7 +221,7 @@ def _other_keys(adapter: Adapter) -> list[str]:
 
 
 def _owner(key: str) -> str:
-    return key.removeprefix(_PREFIX).rpartition(".")[0]
+    return key.removeprefix(PREFIX).rpartition(".")[0]
 
 
 def _features(adapter: Adapter, settings: Settings) -> tuple[str, ...]:

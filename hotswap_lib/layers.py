@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
 from .envelope import Envelope
-from .errors import AlreadyCompiled, InvalidEnvelope
+from .errors import AlreadyCompiled, InvalidEnvelope, NotPrepared
 from .roles import KINDS, kind
 
 
@@ -95,7 +95,8 @@ def _inject(model: torch.nn.Module, config: LoraConfig, adapter_name: str) -> Pe
         )
     _detach(model, adapter_name)
     # the model's own tuner, so that the PeftModel object and its other adapters stay
-    config.task_type = model.peft_config[adapter_name].task_type
+    for field in ("task_type", "base_model_name_or_path", "revision", "auto_mapping"):
+        setattr(config, field, getattr(model.peft_config[adapter_name], field))
     model.peft_config[adapter_name] = config
     tuner = cast(Any, model.base_model)
     active = list(tuner.active_adapters)
@@ -122,9 +123,10 @@ def _check_injected(model: PeftModel, envelope: Envelope, adapter_name: str) -> 
             if not any(f".{name}".endswith(f".{target}") for name in injected):
                 raise InvalidEnvelope("target_modules", f"the model has no module {target!r}")
     saved = saved_modules(model, adapter_name)
-    for suffix in envelope.modules_to_save or ():
-        if not any(name.endswith(suffix) for name in saved):
-            raise InvalidEnvelope("modules_to_save", f"the model has no module {suffix!r}")
+    # one is enough, as for PEFT, which itself asks for "classifier" and "score" of every classifier
+    if envelope.modules_to_save and not saved:
+        rule = f"the model has none of the modules {list(envelope.modules_to_save)}"
+        raise InvalidEnvelope("modules_to_save", rule)
     for name, wrapper in saved.items():
         refuse_offloaded(name, wrapper.original_module, "modules_to_save")
         if any(isinstance(module, LoraLayer) for module in wrapper.modules()):
@@ -142,6 +144,28 @@ def refuse_offloaded(name: str, module: torch.nn.Module, field: str) -> None:
         hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
         if any(isinstance(one, CpuOffload) or getattr(one, "offload", False) for one in hooks):
             raise InvalidEnvelope(field, f"module {name!r} is offloaded: its weights move")
+
+
+def refuse_foreign(model: torch.nn.Module, adapter_name: str) -> None:
+    """What cannot be given a slot under this name.
+
+    Raises:
+        NotPrepared: the name cannot be an adapter's, or the model has LoRA layers that were put
+            there by others than PEFT's PeftModel.
+    """
+    try:
+        torch.nn.ModuleDict({adapter_name: torch.nn.Identity()})
+    except (KeyError, TypeError) as error:
+        rule = f"an adapter cannot have this name: {error.args[0]}"
+        raise NotPrepared(adapter_name, rule) from error
+    if not isinstance(model, PeftModel):
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                rule = (
+                    "the model has LoRA layers already and is no PeftModel: lift the adapter out "
+                    "(Adapter.from_peft_model), and prepare the model without it"
+                )
+                raise NotPrepared(adapter_name, rule)
 
 
 def _refuse_unpreparable(model: torch.nn.Module, envelope: Envelope) -> None:
@@ -173,6 +197,7 @@ class Undo:
         self._base = base_of(model)
         self._adapter_name = adapter_name
         self._config = getattr(model, "peft_config", {}).get(adapter_name)
+        self._trained = [(p, p.requires_grad) for p in self._base.parameters()]
         self._held = {
             layer: {c: vars_of[adapter_name] for c, vars_of in _containers(layer, adapter_name)}
             for layer in self._base.modules()
@@ -185,6 +210,8 @@ class Undo:
         }
 
     def restore(self) -> None:
+        for parameter, trained in self._trained:
+            parameter.requires_grad_(trained)
         # from the inside out: what is inside a wrapper that goes away has to be restored before
         for name, module in reversed(list(self._base.named_modules())):
             if isinstance(module, LoraLayer):

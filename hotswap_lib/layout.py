@@ -20,6 +20,9 @@ import torch
 from .envelope import Envelope
 from .memory import ALIGNMENT
 
+PREFIX = "base_model.model."
+"""What PEFT puts before the module's name in a checkpoint's keys."""
+
 SCALING = "scaling"
 BIAS = "bias"
 SAVED = "saved"

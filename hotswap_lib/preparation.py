@@ -6,14 +6,15 @@ Whatever is refused here leaves the model as it was found.
 from __future__ import annotations
 
 import torch
+import torch._inductor.config
 from peft import PeftModel
 
 from . import attachment, layers, sites
 from .envelope import Envelope
 from .errors import InvalidEnvelope, NotPrepared
-from .fit import read_settings
 from .image import null_image, pack
 from .layout import lay_out
+from .settings import read_settings
 from .slot import Slot
 from .source import Adapter
 
@@ -52,12 +53,15 @@ def prepare(
         raise InvalidEnvelope("max_rank", "the model was prepared with another envelope")
     if not allow_compiled:
         layers.refuse_compiled(model)
+    if torch._inductor.config.freezing:
+        rule = "inductor's freezing is on, which copies weights into compiled code for good"
+        raise NotPrepared(adapter_name, rule)
+    layers.refuse_foreign(model, adapter_name)
     adapter = _first_adapter(model, adapter_name) if isinstance(model, PeftModel) else None
     if envelope is None and adapter is None:
         raise InvalidEnvelope("max_rank", "a model without an adapter needs an envelope")
     if envelope is None:
-        assert adapter is not None
-        envelope = _smallest_envelope(model, adapter, adapter_name)
+        envelope = smallest_envelope(model, adapter_name)
     _refuse_shared_biases(model, envelope, adapter, adapter_name)
     slot = _build(model, envelope, adapter, adapter_name)
     attachment.attach(slot)
@@ -73,13 +77,20 @@ def _first_adapter(model: PeftModel, adapter_name: str) -> Adapter:
     return Adapter.from_peft_model(model, adapter_name)
 
 
-def _smallest_envelope(model: torch.nn.Module, adapter: Adapter, adapter_name: str) -> Envelope:
-    settings = read_settings(adapter)
+def smallest_envelope(
+    model: torch.nn.Module, adapter_name: str, *, max_rank: int | None = None
+) -> Envelope:
+    """What the adapter of a PeftModel needs, or more in the rank alone.
+
+    Raises:
+        NotPrepared: the adapter has no LoRA layers.
+    """
+    settings = read_settings(Adapter.from_peft_model(model, adapter_name))
     modules = list(layers.lora_layers(model, adapter_name))
     if not modules:
         raise NotPrepared(adapter_name, "the adapter has no LoRA layers")
     return Envelope(
-        max_rank=max(map(settings.rank, modules)),
+        max_rank=max_rank or max(map(settings.rank, modules)),
         target_modules=modules,
         modules_to_save=list(layers.saved_modules(model, adapter_name)),
         use_dora=settings.use_dora,

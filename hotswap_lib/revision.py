@@ -76,7 +76,8 @@ def revision_of(
     """The revision of an adapter content; tensors under their canonical checkpoint keys."""
     ordered = sorted(tensors)
     table = [[key, str(tensors[key].dtype), list(tensors[key].shape)] for key in ordered]
-    head = json.dumps([table, _output_fields(config)], sort_keys=True, default=str)
+    # patterns as they stand: PEFT takes the first that matches, so their order is content
+    head = json.dumps([table, _output_fields(config)], default=str)
     # BLAKE3: as collision-resistant as SHA-256 and several times faster, and this is in every swap
     digest = blake3(head.encode(), max_threads=blake3.AUTO)
     for run in _runs([tensors[key] for key in ordered]):

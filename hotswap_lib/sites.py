@@ -13,11 +13,9 @@ from peft.utils import ModulesToSaveWrapper
 
 from .envelope import Envelope
 from .layers import base_of, lora_layers, refuse_offloaded, saved_modules
-from .layout import BIAS, MAGNITUDE, SAVED, SCALING, Place
+from .layout import BIAS, MAGNITUDE, PREFIX, SAVED, SCALING, Place
 from .revision import tensor_digest
 from .roles import kind, padding, roles
-
-PREFIX = "base_model.model."
 
 
 class Scalings(dict[str, Any]):
@@ -26,6 +24,10 @@ class Scalings(dict[str, Any]):
     PEFT's set_scale and unscale_layer, and diffusers' scale for one call, assign to the dict. That
     would leave the model with a scaling that no commit reaches.
     """
+
+    def copy(self) -> Scalings:
+        """PEFT's rescale_adapter_scale keeps such a copy and puts it back."""
+        return Scalings(self)
 
     def pin(self, name: str, tensor: torch.Tensor) -> None:
         """Let assignments to this name write to this tensor from now on."""
@@ -97,7 +99,8 @@ def sites(
                 module=name,
                 role=SCALING,
                 shape=(),
-                dtype="float32",
+                # a number to PEFT; float32 is exact enough beside anything narrower
+                dtype="float64" if _lora_dtype(layer, envelope, dtype) == "float64" else "float32",
                 device=_device(layer),
             ),
             holder=layer.scaling,
@@ -115,7 +118,7 @@ def pin_scalings(model: PeftModel, adapter_name: str) -> None:
 def _lora_sites(
     module: str, layer: LoraLayer, envelope: Envelope, adapter_name: str, dtype: str | None
 ) -> Iterator[Site]:
-    dtype = envelope.dtype or dtype or _default_dtype(layer)
+    dtype = _lora_dtype(layer, envelope, dtype)
     for role in roles(layer, lora_bias=envelope.lora_bias):
         holder, name = getattr(layer, role.container), adapter_name
         if role.attribute is not None:
@@ -149,6 +152,10 @@ def _lora_sites(
             holder=holder,
             name="weight",
         )
+
+
+def _lora_dtype(layer: LoraLayer, envelope: Envelope, dtype: str | None) -> str:
+    return envelope.dtype or dtype or _default_dtype(layer)
 
 
 def _bias_sites(
@@ -206,12 +213,22 @@ def _shape(holder: Any, name: str) -> tuple[int, ...]:
 
 
 def _device(layer: LoraLayer) -> str:
-    return str(layer.get_base_layer().weight.device)
+    return str(_any_tensor(layer).device)
 
 
 def _default_dtype(layer: LoraLayer) -> str:
     # PEFT's autocast_adapter_dtype: 16 bit base models get float32 LoRA weights
-    return "float64" if layer.get_base_layer().weight.dtype is torch.float64 else "float32"
+    return "float64" if _any_tensor(layer).dtype is torch.float64 else "float32"
+
+
+def _any_tensor(layer: LoraLayer) -> torch.Tensor:
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    if isinstance(weight, torch.Tensor):
+        return weight
+    # some quantized layers have a qweight, or codes, and no weight
+    tensor: torch.Tensor = next(iter((*base.parameters(), *base.buffers())))
+    return tensor
 
 
 def parameter_dtype(model: torch.nn.Module, adapter_name: str) -> str | None:

@@ -19,9 +19,11 @@ import torch
 from peft import PeftModel
 
 from . import layers
+from .bond import Bond
 from .dora import drop_cache, neutral_magnitude
 from .envelope import Envelope
 from .errors import (
+    AdapterMerged,
     ForeignStaged,
     LayoutMismatch,
     NothingToRollBack,
@@ -32,7 +34,7 @@ from .image import AdapterImage, as_tensor
 from .layout import SCALING, Block, Entry, Layout
 from .memory import allocate
 from .revision import Revision
-from .sites import Site, sites
+from .sites import Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,11 +45,16 @@ class Staged:
         image: what was staged. On the CPU its read-only memory is what a commit copies from.
         blocks: its bytes on the slot's devices (uint8, one dimension each), with the base model's
             values where the image has none.
+        config: what ``peft_config`` has to say while it is live.
+        alphas: for each LoRA layer, the alpha that gives its scaling at the slot's padded rank, for
+            PEFT's set_scale and unscale_layer.
         slot: the one slot that takes it.
     """
 
     image: AdapterImage
     blocks: tuple[torch.Tensor, ...]
+    config: Mapping[str, Any]
+    alphas: tuple[float, ...]
     slot: Slot
 
     @property
@@ -111,8 +118,9 @@ class Slot:
                 key: site.put(entries[key].view(self._arenas[entries[key].block]))
                 for key, site in ((site.place.key, site) for site in found)
             }
-        self._pointers = {key: tensor.data_ptr() for key, tensor in self._tensors.items()}
-        self._publish(self._config_of(first))
+        self._bond = Bond(model, found, self._tensors, self._layers)
+        self._samples = self._one_of_each_block()
+        self._publish(self._current)
 
     @property
     def envelope(self) -> Envelope:
@@ -144,6 +152,8 @@ class Slot:
         Raises:
             LayoutMismatch: it was packed for another layout.
             ImageCorrupted: its bytes are not the ones that were packed.
+            AdapterMerged: the adapter is merged into the base model.
+            SlotTensorMoved: the model was moved or cast, or its adapter deleted, since `prepare`.
         """
         if image.layout_fingerprint != self.layout.fingerprint:
             rule = (
@@ -151,13 +161,30 @@ class Slot:
                 f"layout {self.layout.fingerprint[:8]}"
             )
             raise LayoutMismatch(str(image.revision), rule)
+        if hasattr(self, "_bond"):  # not yet, for the first image
+            self._refuse_unbound(self.layout.entries)
         image.check()
         blocks = [
             as_tensor(block).to(arena.device)
             for block, arena in zip(image.blocks, self._arenas, strict=True)
         ]
         self._let_rest(image, blocks)
-        return Staged(image=image, blocks=tuple(blocks), slot=self)
+        return Staged(
+            image=image,
+            blocks=tuple(blocks),
+            config=_published(image.config),
+            alphas=self._alphas(image),
+            slot=self,
+        )
+
+    def _alphas(self, image: AdapterImage) -> tuple[float, ...]:
+        scalings = {
+            entry.module: float(entry.view(as_tensor(image.blocks[entry.block])))
+            for entry in self.layout.entries
+            if entry.is_scaling
+        }
+        rank = self.envelope.max_rank
+        return tuple(scalings[module] * rank for module in self._layers)
 
     def _let_rest(self, image: AdapterImage, blocks: list[torch.Tensor]) -> None:
         written = set(image.written) if self._may_rest else ()
@@ -231,28 +258,30 @@ class Slot:
         Raises:
             SlotTensorMoved: names the first one that is not.
         """
-        held = {s.place.key: s.get() for s in sites(self.model, self.envelope, self.adapter_name)}
-        for entry in self.layout.entries:
-            key, tensor = entry.key, self._tensors[entry.key]
-            if held.get(key) is not tensor:
-                self._moved(key, "the model holds something else in its place")
-            if tensor.data_ptr() != self._pointers[key]:
-                self._moved(key, "it points to other memory")
-            dtype = getattr(torch, entry.dtype)
-            if tensor.shape != entry.shape or tensor.dtype != dtype or not tensor.is_contiguous():
-                rule = f"it became {tensor.dtype} {list(tensor.shape)}, stride {tensor.stride()}"
-                self._moved(key, rule)
+        if broken := self._bond.broken(self.layout.entries):
+            raise SlotTensorMoved(str(self.revision), *broken)
+
+    def _refuse_unbound(self, entries: Sequence[Entry]) -> None:
+        if self._bond.is_merged(self.adapter_name):
+            raise AdapterMerged(self.adapter_name)
+        if broken := self._bond.broken(entries):
+            raise SlotTensorMoved(str(self.revision), *broken)
+
+    def _one_of_each_block(self) -> list[Entry]:
+        padded = {e.block: e for e in reversed(self.layout.entries) if e.padding is not None}
+        return list(padded.values())
 
     def _make_live(self, staged: Staged, *, previous: Staged | None) -> Receipt:
+        # what unbinds a slot unbinds all of it; each tensor was looked at when this was staged
+        self._refuse_unbound(self._samples)
         before, before_that = self._current, self._previous
-        config, config_before = self._config_of(staged.image), self._config_of(before.image)
         try:
             self._synchronize()  # a forward pass in flight must not read half of each
             started = time.perf_counter_ns()
             self._copy(staged)
             commit_us = (time.perf_counter_ns() - started) / 1e3
             self._current, self._previous = staged, previous
-            self._publish(config)
+            self._publish(staged)
             return Receipt(
                 revision=staged.revision,
                 previous=before.revision,
@@ -263,7 +292,7 @@ class Slot:
         except BaseException:  # an interrupt as well: the old image again, whole
             self._copy(before)
             self._current, self._previous = before, before_that
-            self._publish(config_before)
+            self._publish(before)
             raise
 
     def _copy(self, staged: Staged) -> None:
@@ -279,23 +308,12 @@ class Slot:
             if arena.device.type not in ("cpu", "meta"):
                 torch.accelerator.synchronize(arena.device)
 
-    def _config_of(self, image: AdapterImage) -> dict[str, Any]:
-        fields = dict(image.config)
-        if isinstance(targets := fields["target_modules"], Sequence) and not isinstance(
-            targets, str
-        ):
-            fields["target_modules"] = set(targets)  # as LoraConfig keeps them
-        for field in ("rank_pattern", "alpha_pattern"):
-            fields[field] = dict(fields[field] or {})
-        fields["bias"] = fields["bias"] or "none"
-        for field in ("use_rslora", "use_dora", "lora_bias"):
-            fields[field] = bool(fields[field])
-        return fields
-
-    def _publish(self, fields: Mapping[str, Any]) -> None:
+    def _publish(self, staged: Staged) -> None:
         # One dict update on the existing object: compiled code may guard on which object it is,
         # and a reader sees the old fields or the new ones.
-        vars(self.model.peft_config[self.adapter_name]).update(fields)
+        vars(self.model.peft_config[self.adapter_name]).update(staged.config)
+        for layer, alpha in zip(self._layers.values(), staged.alphas, strict=True):
+            layer.lora_alpha[self.adapter_name] = alpha
 
     def _report_difference(self) -> None:
         for entry in self.layout.entries:
@@ -306,8 +324,18 @@ class Slot:
                 raise VerifyFailed(str(self.revision), entry.key, rule)
         raise VerifyFailed(str(self.revision), "-", "bytes between two tensors are not zero")
 
-    def _moved(self, key: str, rule: str) -> None:
-        raise SlotTensorMoved(str(self.revision), key, rule)
+
+def _published(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An image's configuration, in the types that LoraConfig keeps its fields in."""
+    fields = dict(config)
+    if isinstance(targets := fields["target_modules"], Sequence) and not isinstance(targets, str):
+        fields["target_modules"] = set(targets)
+    for field in ("rank_pattern", "alpha_pattern"):
+        fields[field] = dict(fields[field] or {})
+    fields["bias"] = fields["bias"] or "none"
+    for field in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
+        fields[field] = bool(fields[field])
+    return fields
 
 
 def _arena(block: Block) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 
 from . import hub, safetensors_bytes
 from .errors import AdapterConfigInvalid, AdapterFormatRefused, AdapterNotFound
+from .layout import PREFIX
 from .memory import Bytes, allocate
 from .revision import Revision, revision_of
 
@@ -36,8 +37,7 @@ class Adapter:
         name: what its revision is called.
         config: the content of ``adapter_config.json``, or ``LoraConfig.to_dict()``.
         tensors: weights under PEFT's checkpoint keys, without an adapter name in them. Keys that
-            were saved from a compiled model lose their ``_orig_mod.``; keys from a model that is
-            no PeftModel (diffusers') get PEFT's prefix.
+            were saved from a compiled model lose their ``_orig_mod.``.
 
     The revision is computed here, over the bytes as they are now: hand over tensors that nobody
     writes to afterwards (`from_peft_model` makes copies).
@@ -82,7 +82,11 @@ class Adapter:
         state = get_peft_model_state_dict(
             model, state_dict=held, adapter_name=adapter_name, save_embedding_layers=False
         )
-        tensors = {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
+        tensors = {
+            # a model that is no PeftModel (diffusers') has keys without PEFT's prefix
+            key if key.startswith(PREFIX) else PREFIX + key: value.detach().to("cpu", copy=True)
+            for key, value in state.items()
+        }
         config = peft_config[adapter_name].to_dict()
         return cls(name=name or adapter_name, config=config, tensors=tensors)
 
@@ -222,7 +226,7 @@ def _canonical(key: str) -> str:
     key = key.replace("_orig_mod.", "")
     if key.endswith(".lora_magnitude_vector.weight"):  # PEFT reads both spellings
         key = key.removesuffix(".weight")
-    return key if key.startswith("base_model.model.") else f"base_model.model.{key}"
+    return key
 
 
 def _plain(value: Any) -> Any:
