@@ -8,7 +8,7 @@ enumerating the model's tensors again would take.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -16,7 +16,12 @@ from peft.tuners.lora import LoraLayer
 from .layout import Entry
 from .sites import Site
 
-Link = tuple[Mapping[str, Any], str, object]
+
+class _Holder(Protocol):
+    def get(self, name: str, /) -> object: ...
+
+
+Link = tuple[_Holder, str, object]
 
 
 class Bond:
@@ -75,6 +80,16 @@ class Bond:
         return None
 
 
+class _ScalingsOf:
+    """A layer's scalings, whichever dict they are in: PEFT puts copies of it in its place."""
+
+    def __init__(self, layer: LoraLayer) -> None:
+        self._layer = layer
+
+    def get(self, name: str) -> object:
+        return self._layer.scaling.get(name)
+
+
 def _links(
     site: Site,
     tensor: torch.Tensor,
@@ -88,8 +103,7 @@ def _links(
         yield mapping, site.name, tensor
     else:
         owner = layers[site.place.module]
-        yield site.holder, site.name, tensor
-        yield vars(owner), "scaling", site.holder
+        yield _ScalingsOf(owner), site.name, tensor
     while id(owner) in parents:
         owner, link = parents[id(owner)]
         yield link

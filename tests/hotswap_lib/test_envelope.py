@@ -28,6 +28,7 @@ def test_equal_envelopes_are_equal_whatever_the_targets_came_in() -> None:
         ("use_dora", "yes"),
         ("bias", "some"),
         ("dtype", "int8"),
+        ("modules_to_save", "classifier"),
         ("dtype", torch.int32),
     ],
 )

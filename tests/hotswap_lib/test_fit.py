@@ -103,6 +103,10 @@ CONFIG_FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"trainable_token_indices": [1]}, "feature_outside_envelope"),
     ({"target_parameters": ["experts.weight"]}, "feature_outside_envelope"),
     ({"alora_invocation_tokens": [1, 2]}, "unsupported_adapter"),
+    ({"target_modules": ["q_proj"]}, "adapter_config_invalid"),
+    ({"target_modules": r".*layers\.0.*"}, "adapter_config_invalid"),
+    ({"exclude_modules": ["q_proj"]}, "adapter_config_invalid"),
+    ({"target_modules": [1]}, "adapter_config_invalid"),
     ({"init_lora_weights": "pissa"}, "unsupported_adapter"),
 ]
 

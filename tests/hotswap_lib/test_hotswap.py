@@ -21,6 +21,8 @@ from hotswap_lib import (
 )
 from hotswap_lib.attachment import find_slot
 
+from .families import FAMILIES
+
 Adapters = dict[str, Path]
 Expected = dict[str, torch.Tensor]
 
@@ -109,3 +111,32 @@ def test_configs_get_the_target_rank_and_the_live_one_stays_true(
 def test_a_model_without_adapters_is_refused_by_the_drop_in(tiny: Any) -> None:
     with pytest.raises(NotPrepared):
         prepare_model_for_compiled_hotswap(tiny.base(), target_rank=16)
+
+
+@pytest.mark.parametrize(
+    "features", [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["classifier"]}]
+)
+def test_a_target_rank_changes_the_rank_and_keeps_the_features(
+    tmp_path: Path, features: dict[str, Any]
+) -> None:
+    family = FAMILIES["bert"]
+    paths = [
+        family.save(tmp_path / str(r), seed=r, r=r, target_modules=["query"], **features)
+        for r in (2, 8)
+    ]
+    model = family.fresh(paths[0])
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    hotswap_adapter(model, paths[1])
+    expected = family.outputs(family.fresh(paths[1], padded_to=8))
+    assert torch.equal(family.outputs(model), expected)
+
+
+def test_a_classifiers_adapter_is_swapped_as_pefts_own_class_writes_it(tmp_path: Path) -> None:
+    family = FAMILIES["bert"]
+    paths = [
+        family.save(tmp_path / str(r), seed=r, r=r, target_modules=["query"], task_type="SEQ_CLS")
+        for r in (2, 4)
+    ]
+    model = family.fresh(paths[1])
+    hotswap_adapter(model, paths[0])
+    assert torch.equal(family.outputs(model), family.outputs(family.fresh(paths[0], padded_to=4)))

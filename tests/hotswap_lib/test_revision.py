@@ -89,3 +89,9 @@ def test_one_bit_a_shape_a_dtype_and_a_key_each_change_the_revision() -> None:
 def test_bfloat16_and_non_contiguous_tensors_have_digests() -> None:
     square = torch.randn(4, 4, dtype=torch.bfloat16)
     assert digest(a=square.t()) == digest(a=square.t().contiguous()) != digest(a=square)
+
+
+def test_the_order_of_patterns_is_content_because_peft_takes_the_first_that_matches() -> None:
+    one = {"alpha_pattern": {"q": 1, "layers.0.q": 2}}
+    other = {"alpha_pattern": {"layers.0.q": 2, "q": 1}}
+    assert digest({**CONFIG, **one}) != digest({**CONFIG, **other})

@@ -229,11 +229,7 @@ def _unscale(layer: Any) -> None:
     layer.unscale_layer(0.25)
 
 
-def _reset_scale(layer: Any) -> None:
-    layer.unscale_layer()
-
-
-@pytest.mark.parametrize("assign", [_assign, _set_scale, _scale, _unscale, _reset_scale])
+@pytest.mark.parametrize("assign", [_assign, _set_scale, _scale, _unscale])
 def test_peft_writes_scalings_into_the_slot_and_a_commit_brings_them_back(
     slot: Slot,
     tiny: Any,
