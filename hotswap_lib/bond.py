@@ -32,6 +32,7 @@ class Bond:
         found: where the model keeps each tensor.
         bound: key → the tensor that is there.
         layers: module name → LoRA layer.
+        entries: the tensors to look at, each with what is above it.
     """
 
     def __init__(
@@ -40,43 +41,49 @@ class Bond:
         found: Sequence[Site],
         bound: Mapping[str, torch.Tensor],
         layers: Mapping[str, LoraLayer],
+        entries: Sequence[Entry],
     ) -> None:
-        self._bound = bound
-        self._pointers = {key: tensor.data_ptr() for key, tensor in bound.items()}
-        self._layers = list(layers.values())
         parents: dict[int, tuple[torch.nn.Module, Link]] = {}
         for module in model.modules():
             for name, child in module._modules.items():
                 if child is not None:
                     parents[id(child)] = module, (module._modules, name, child)
-        self._links = {
-            site.place.key: list(_links(site, bound[site.place.key], layers, parents))
-            for site in found
-        }
-
-    def is_merged(self, adapter_name: str) -> bool:
-        """Whether any layer has the adapter inside its base weight."""
-        return any(adapter_name in layer.merged_adapters for layer in self._layers)
-
-    def broken(self, entries: Sequence[Entry]) -> tuple[str, str] | None:
-        """The first of these entries whose tensor is not the model's any more, and why."""
-        seen: set[tuple[int, str]] = set()
+        sites = {site.place.key: site for site in found}
+        links: dict[tuple[int, str], tuple[Link, str]] = {}
         for entry in entries:
-            key, tensor = entry.key, self._bound[entry.key]
-            for mapping, name, expected in self._links[key]:
-                if (id(mapping), name) in seen:
-                    continue
-                seen.add((id(mapping), name))
-                held = mapping.get(name)
-                # a layer may have been replaced by torch.compile's wrapper around it
-                if held is not expected and getattr(held, "_orig_mod", None) is not expected:
-                    return key, "the model holds something else in its place"
-            if tensor.data_ptr() != self._pointers[key]:
-                return key, "it points to other memory"
-            dtype = getattr(torch, entry.dtype)
-            if tensor.shape != entry.shape or tensor.dtype != dtype or not tensor.is_contiguous():
-                stride = list(tensor.stride())
-                return key, f"it became {tensor.dtype} {list(tensor.shape)}, stride {stride}"
+            tensor = bound[entry.key]
+            for link in _links(sites[entry.key], tensor, layers, parents):
+                links.setdefault((id(link[0]), link[1]), (link, entry.key))
+        self._links = [(*link, key) for link, key in links.values()]
+        self._tensors = [_Bound(entry.key, bound[entry.key]) for entry in entries]
+
+    def broken(self) -> tuple[str, str] | None:
+        """The first tensor that is not the model's any more, and why."""
+        for mapping, name, expected, key in self._links:
+            held = mapping.get(name)
+            # a layer may have been replaced by torch.compile's wrapper around it
+            if held is not expected and getattr(held, "_orig_mod", None) is not expected:
+                return key, "the model holds something else in its place"
+        return next(((one.key, why) for one in self._tensors if (why := one.changed())), None)
+
+
+class _Bound:
+    """A slot tensor, and what compiled code knows of it."""
+
+    __slots__ = ("_dtype", "_pointer", "_shape", "_stride", "_tensor", "key")
+
+    def __init__(self, key: str, tensor: torch.Tensor) -> None:
+        self.key, self._tensor, self._pointer = key, tensor, tensor.data_ptr()
+        self._shape, self._stride, self._dtype = tensor.shape, tensor.stride(), tensor.dtype
+
+    def changed(self) -> str | None:
+        tensor = self._tensor
+        if tensor.data_ptr() != self._pointer:
+            return "it points to other memory"
+        if tensor.dtype is not self._dtype or tensor.shape != self._shape:
+            return f"it became {tensor.dtype} {list(tensor.shape)}"
+        if tensor.stride() != self._stride:
+            return f"its stride became {tensor.stride()}"
         return None
 
 

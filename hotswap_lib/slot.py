@@ -106,6 +106,10 @@ class Slot:
         self._layers = layers.lora_layers(model, adapter_name)
         self._may_rest = [(i, e) for i, e in enumerate(layout.entries) if e.rest != "zeros"]
         self._base = {site.place.key: site.resting for site in found}
+        self._scalings: dict[tuple[int, str], list[Entry]] = {}
+        for entry in layout.entries:
+            if entry.is_scaling:
+                self._scalings.setdefault((entry.block, entry.dtype), []).append(entry)
         with torch.inference_mode(False):  # inference tensors could never be written to again
             self._arenas = [_arena(block) for block in layout.blocks]
             self._current = self.stage(first)
@@ -118,8 +122,10 @@ class Slot:
                 key: site.put(entries[key].view(self._arenas[entries[key].block]))
                 for key, site in ((site.place.key, site) for site in found)
             }
-        self._bond = Bond(model, found, self._tensors, self._layers)
-        self._samples = self._one_of_each_block()
+        self._bond = Bond(model, found, self._tensors, self._layers, layout.entries)
+        # what unbinds a slot unbinds all of it: a commit looks at one tensor of each block
+        one_of_each = {e.block: e for e in layout.entries if e.padding is not None}
+        self._sample = Bond(model, found, self._tensors, self._layers, [*one_of_each.values()])
         self._publish(self._current)
 
     @property
@@ -162,7 +168,7 @@ class Slot:
             )
             raise LayoutMismatch(str(image.revision), rule)
         if hasattr(self, "_bond"):  # not yet, for the first image
-            self._refuse_unbound(self.layout.entries)
+            self._refuse_unbound(self._bond)
         image.check()
         blocks = [
             as_tensor(block).to(arena.device)
@@ -178,11 +184,12 @@ class Slot:
         )
 
     def _alphas(self, image: AdapterImage) -> tuple[float, ...]:
-        scalings = {
-            entry.module: float(entry.view(as_tensor(image.blocks[entry.block])))
-            for entry in self.layout.entries
-            if entry.is_scaling
-        }
+        scalings: dict[str, float] = {}
+        for (block, dtype), entries in self._scalings.items():
+            typed = as_tensor(image.blocks[block]).view(getattr(torch, dtype))
+            where = torch.tensor([entry.offset // typed.itemsize for entry in entries])
+            values = typed[where].tolist()
+            scalings.update(zip((entry.module for entry in entries), values, strict=True))
         rank = self.envelope.max_rank
         return tuple(scalings[module] * rank for module in self._layers)
 
@@ -258,22 +265,17 @@ class Slot:
         Raises:
             SlotTensorMoved: names the first one that is not.
         """
-        if broken := self._bond.broken(self.layout.entries):
+        if broken := self._bond.broken():
             raise SlotTensorMoved(str(self.revision), *broken)
 
-    def _refuse_unbound(self, entries: Sequence[Entry]) -> None:
-        if self._bond.is_merged(self.adapter_name):
+    def _refuse_unbound(self, bond: Bond) -> None:
+        if any(self.adapter_name in layer.merged_adapters for layer in self._layers.values()):
             raise AdapterMerged(self.adapter_name)
-        if broken := self._bond.broken(entries):
+        if broken := bond.broken():
             raise SlotTensorMoved(str(self.revision), *broken)
-
-    def _one_of_each_block(self) -> list[Entry]:
-        padded = {e.block: e for e in reversed(self.layout.entries) if e.padding is not None}
-        return list(padded.values())
 
     def _make_live(self, staged: Staged, *, previous: Staged | None) -> Receipt:
-        # what unbinds a slot unbinds all of it; each tensor was looked at when this was staged
-        self._refuse_unbound(self._samples)
+        self._refuse_unbound(self._sample)
         before, before_that = self._current, self._previous
         try:
             self._synchronize()  # a forward pass in flight must not read half of each
