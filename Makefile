@@ -27,6 +27,7 @@ serve: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.swap
+	$(BIN)/python -m benchmarks.latency
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.lane
 
@@ -35,6 +36,7 @@ gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu -rs
 	mkdir -p benchmarks/results
 	$(BIN)/python -m benchmarks.swap --json benchmarks/results/swap-gpu.json
+	$(BIN)/python -m benchmarks.latency --json benchmarks/results/latency-gpu.json
 
 adapters: $(READY)
 	$(BIN)/python examples/train_adapters.py
