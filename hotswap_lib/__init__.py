@@ -48,8 +48,9 @@ from .inspection import (
 from .layout import Layout
 from .preparation import prepare
 from .revision import BASE, Revision
-from .slot import Receipt, Slot, Staged
+from .slot import Slot
 from .source import Adapter, load_adapter
+from .staged import Receipt, Staged
 
 __all__ = [
     "BASE",

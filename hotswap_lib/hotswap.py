@@ -20,8 +20,9 @@ from .envelope import Envelope
 from .errors import AlreadyCompiled, NotPrepared
 from .image import pack
 from .preparation import prepare, smallest_envelope
-from .slot import Receipt, Slot
+from .slot import Slot
 from .source import Adapter
+from .staged import Receipt
 
 _LOAD_KEYWORDS = ("name", "revision", "token", "cache_dir", "subfolder")
 
