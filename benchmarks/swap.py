@@ -169,7 +169,7 @@ def run(*, rounds: int, swaps: int, device: str) -> dict[str, Any]:
         slot.verify()
         steps_us = breakdown(slot, paths, rounds=rounds)
         growth = growth_images(slot, paths, swaps=swaps)
-    latency = prepared_over_plain(rounds=10 * rounds, device=device)
+    latency = prepared_over_plain(rounds=30 * rounds, device=device)
     measured = ratios(median_us)
     measured |= {f"latency prepared / plain, {length}": r for length, r in latency.items()}
     return {
