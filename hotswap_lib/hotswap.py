@@ -111,4 +111,5 @@ def prepare_model_for_compiled_hotswap(
 def _envelope(model: PeftModel, adapter_name: str, target_rank: int | None) -> Envelope | None:
     if target_rank is None or not layers.lora_layers(model, adapter_name):
         return None
-    return smallest_envelope(model, adapter_name, max_rank=target_rank)
+    adapter = Adapter.from_peft_model(model, adapter_name)
+    return smallest_envelope(model, adapter, adapter_name, max_rank=target_rank)

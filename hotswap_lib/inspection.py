@@ -112,10 +112,9 @@ def suggest_envelope(adapters: Iterable[str | Path | Adapter]) -> Envelope:
         target_modules={target for adapter in loaded for target in _targets(adapter)},
         modules_to_save=sorted(
             {
-                suffix
+                name
                 for adapter, one in zip(loaded, settings, strict=True)
-                for suffix in one.modules_to_save
-                if any(_owner(key).endswith(suffix) for key in _other_keys(adapter))
+                for name in _saved(adapter, one)
             }
         ),
         use_dora=any(one.use_dora for one in settings),
@@ -159,10 +158,8 @@ def sketch_layout(adapters: Sequence[Adapter], envelope: Envelope) -> Layout:
     for adapter in adapters:
         settings = read_settings(adapter)
         for key, tensor in adapter.tensors.items():
-            stem, _, role = key.rpartition(".lora_")
-            module = stem.removeprefix(PREFIX)
             if key not in places and not key.endswith("base_layer.weight"):
-                places[key] = _sketch(key, module, f"lora_{role}", tensor, settings, envelope)
+                places[key] = _sketch(key, tensor, settings, envelope)
     for module in {place.module for place in places.values() if place.padding is not None}:
         key = f"{PREFIX}{module}.{SCALING}"
         scaling = Place(
@@ -172,21 +169,23 @@ def sketch_layout(adapters: Sequence[Adapter], envelope: Envelope) -> Layout:
     return lay_out(places.values(), envelope, base_model=None)
 
 
-def _sketch(
-    key: str, module: str, role: str, tensor: torch.Tensor, settings: Settings, envelope: Envelope
-) -> Place:
+def _sketch(key: str, tensor: torch.Tensor, settings: Settings, envelope: Envelope) -> Place:
+    stem, found, role = key.rpartition(".lora_")
+    module = stem.removeprefix(PREFIX)
     shape, padding = list(tensor.shape), None
-    if role in ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"):
-        dim = 0 if "_A" in role else 1
+    if role in ("A.weight", "B.weight", "embedding_A", "embedding_B"):
+        dim = 0 if "A" in role else 1
         per_index = max(1, settings.rank(module) // shape[dim])
         padding = Padding(dim=dim, max_rank=envelope.max_rank, per_index=per_index)
         shape[dim] = padding.size(envelope.max_rank)
+    # biases and saved modules keep the base model's dtype, which is nearest to their own
+    own = str(tensor.dtype).removeprefix("torch.")
     return Place(
         key=key,
         module=module,
-        role=role,
+        role=f"lora_{role}" if found else "base",
         shape=tuple(shape),
-        dtype=envelope.dtype or "float32",
+        dtype=(envelope.dtype or "float32") if found else own,
         device="cpu",
         padding=padding,
         rest="zeros" if padding is not None else "base",
@@ -216,12 +215,16 @@ def _targets(adapter: Adapter) -> Sequence[str]:
     return matched if named else modules
 
 
-def _other_keys(adapter: Adapter) -> list[str]:
-    return [key for key in adapter.tensors if ".lora_" not in key and ".base_layer." not in key]
-
-
-def _owner(key: str) -> str:
-    return key.removeprefix(PREFIX).rpartition(".")[0]
+def _saved(adapter: Adapter, settings: Settings) -> list[str]:
+    """Those of modules_to_save that are there: PEFT names "classifier" and "score" of every
+    classifier. A saved module may have modules inside it.
+    """
+    weights = [f"{key}." for key in adapter.tensors if ".lora_" not in key]
+    return [
+        name
+        for name in sorted(settings.modules_to_save)
+        if any(f"{name}." in weight for weight in weights)
+    ]
 
 
 def _features(adapter: Adapter, settings: Settings) -> tuple[str, ...]:
@@ -236,5 +239,5 @@ def _features(adapter: Adapter, settings: Settings) -> tuple[str, ...]:
         words.append("lora_bias")
     if settings.bias != "none":
         words.append(f"bias={settings.bias}")
-    words += [f"saves {name}" for name in sorted({_owner(key) for key in _other_keys(adapter)})]
+    words += [f"saves {name}" for name in _saved(adapter, settings)]
     return tuple(words)

@@ -61,7 +61,8 @@ def prepare(
     if envelope is None and adapter is None:
         raise InvalidEnvelope("max_rank", "a model without an adapter needs an envelope")
     if envelope is None:
-        envelope = smallest_envelope(model, adapter_name)
+        assert adapter is not None
+        envelope = smallest_envelope(model, adapter, adapter_name)
     _refuse_shared_biases(model, envelope, adapter, adapter_name)
     slot = _build(model, envelope, adapter, adapter_name)
     attachment.attach(slot)
@@ -78,14 +79,14 @@ def _first_adapter(model: PeftModel, adapter_name: str) -> Adapter:
 
 
 def smallest_envelope(
-    model: torch.nn.Module, adapter_name: str, *, max_rank: int | None = None
+    model: torch.nn.Module, adapter: Adapter, adapter_name: str, *, max_rank: int | None = None
 ) -> Envelope:
     """What the adapter of a PeftModel needs, or more in the rank alone.
 
     Raises:
         NotPrepared: the adapter has no LoRA layers.
     """
-    settings = read_settings(Adapter.from_peft_model(model, adapter_name))
+    settings = read_settings(adapter)
     modules = list(layers.lora_layers(model, adapter_name))
     if not modules:
         raise NotPrepared(adapter_name, "the adapter has no LoRA layers")

@@ -36,7 +36,7 @@ _OTHER_METHODS = (
     "use_qalora",
     "velora_config",
 )
-# Every other initialisation rewrites the base weights when PEFT loads the adapter.
+# Others rewrite the base weights when PEFT loads the adapter, or are not known here.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -80,7 +80,7 @@ class Settings:
 
 
 def read_settings(adapter: Adapter) -> Settings:
-    """The scaling fields of an adapter's configuration.
+    """The fields of an adapter's configuration that matter to a slot.
 
     Raises:
         AdapterConfigInvalid: not LoRA, or a field of a senseless type or value.

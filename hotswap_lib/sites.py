@@ -58,12 +58,6 @@ class Site:
     name: str
     resting: torch.Tensor | None = None
 
-    def get(self) -> object:
-        """What is there now."""
-        if isinstance(self.holder, torch.nn.ParameterDict | dict):
-            return self.holder.get(self.name)
-        return getattr(self.holder, self.name, None)
-
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """Bind a tensor there; returns what the model now holds."""
         if isinstance(self.holder, Scalings):

@@ -67,15 +67,17 @@ class Slot:
                 self._scalings.setdefault((entry.block, entry.dtype), []).append(entry)
         with torch.inference_mode(False):  # inference tensors could never be written to again
             self._arenas = [_arena(block) for block in layout.blocks]
-            self._current = self.stage(first)
+            self._current = self._beside(first)
             self._previous: Staged | None = None
             for arena, block in zip(self._arenas, self._current.blocks, strict=True):
                 arena.copy_(block)
             entries = {entry.key: entry for entry in layout.entries}
             # last, and nothing in it can fail: the model changes here
             self._tensors = {
-                key: site.put(entries[key].view(self._arenas[entries[key].block]))
-                for key, site in ((site.place.key, site) for site in found)
+                (key := site.place.key): site.put(
+                    entries[key].view(self._arenas[entries[key].block])
+                )
+                for site in found
             }
         self._bond = Bond(model, found, self._tensors, self._layers, layout.entries)
         # what unbinds a slot unbinds all of it: a commit looks at one tensor of each block
@@ -122,9 +124,11 @@ class Slot:
                 f"layout {self.layout.fingerprint[:8]}"
             )
             raise LayoutMismatch(str(image.revision), rule)
-        if hasattr(self, "_bond"):  # not yet, for the first image
-            self._refuse_unbound(self._bond)
+        self._refuse_unbound(self._bond)
         image.check()
+        return self._beside(image)
+
+    def _beside(self, image: AdapterImage) -> Staged:
         blocks = [
             as_tensor(block).to(arena.device)
             for block, arena in zip(image.blocks, self._arenas, strict=True)
@@ -155,21 +159,18 @@ class Slot:
             if blocks[block].device.type == "cpu":  # still the image's own memory
                 blocks[block] = blocks[block].clone()
         if any(entry.rest == "norm" for entry in resting):
-            live = {entry.key: entry.view(blocks[entry.block]) for entry in self.layout.entries}
+            live: dict[str, dict[str, torch.Tensor]] = {}
+            for entry in self.layout.entries:
+                live.setdefault(entry.module, {})[entry.role] = entry.view(blocks[entry.block])
         for entry in resting:
             target = entry.view(blocks[entry.block])
             if entry.rest == "norm":
-                target.copy_(self._neutral_magnitude(entry, live))
+                layer, tensors = self._layers[entry.module], live[entry.module]
+                target.copy_(neutral_magnitude(layer, self.adapter_name, tensors, tensors[SCALING]))
             else:
                 values = self._base[entry.key]
                 assert values is not None
                 target.copy_(values)
-
-    def _neutral_magnitude(self, entry: Entry, live: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        stem = entry.key.removesuffix(entry.role)
-        tensors = {key.removeprefix(stem): live[key] for key in live if key.startswith(stem)}
-        scaling = tensors.pop(SCALING)
-        return neutral_magnitude(self._layers[entry.module], self.adapter_name, tensors, scaling)
 
     def commit(self, staged: Staged) -> Receipt:
         """Make a staged image live. Committing what is live already writes it again.

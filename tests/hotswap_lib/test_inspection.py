@@ -135,3 +135,20 @@ def test_an_adapter_that_fills_the_envelope_costs_no_padding(tiny: Any, adapters
     envelope = Envelope(max_rank=8, target_modules="all-linear", dtype=torch.float32)
     cost = padding_cost(adapters["wide"], prepare(tiny.base(), envelope=envelope).layout)
     assert (cost.rank_bytes, cost.absent_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "saved"), [("llama", "layers.1.mlp"), ("convnet", "norm"), ("bert", "classifier")]
+)
+def test_saved_modules_with_modules_or_counters_inside_are_suggested_and_costed(
+    tmp_path: Path, family: str, saved: str
+) -> None:
+    kind = FAMILIES[family]
+    config = {"r": 4, "target_modules": [kind.targets[0]], "modules_to_save": [saved, "score"]}
+    path = kind.save(tmp_path, seed=1, **config)
+    envelope = suggest_envelope([path])
+    assert envelope.modules_to_save == (saved,)
+    assert inspect_adapter(path).features == (f"saves {saved}",)
+    pack(path, prepare(kind.base(), envelope=envelope).layout)
+    cost = padding_cost(path, sketch_layout([load_adapter(path)], envelope))
+    assert cost.rank_bytes == cost.absent_bytes == 0
