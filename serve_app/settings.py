@@ -76,15 +76,51 @@ class Settings(BaseModel):
     torch_threads: Annotated[
         int | None, Field(ge=1, description="default: the replica's share of the node's cores")
     ] = None
+
+    # pressure
     max_ongoing_requests: Annotated[int, Field(ge=1, description="per replica")] = 64
+    max_queued_requests: Annotated[
+        int, Field(ge=0, description="waiting for a replica; above it a request gets 429")
+    ] = 256
+    max_body_bytes: Annotated[int, Field(ge=1024, description="of one HTTP request")] = 4 * 2**20
+    request_timeout_s: Annotated[
+        float, Field(gt=0, description="from admission to the last token; then 504")
+    ] = 600.0
 
     # the engine
+    task: Annotated[
+        Literal["auto", "generate", "embed", "classify"],
+        Field(description="what requests ask for; auto: what the model's config says it is"),
+    ] = "auto"
     compile: bool = True
+    compile_cache_uri: Annotated[
+        str | None, Field(description="where replicas share what they compiled (fsspec URI)")
+    ] = None
     cuda_graphs: Annotated[bool, Field(description="on a GPU, replay steps as CUDA graphs")] = True
     max_model_len: Annotated[int, Field(ge=16)] = 2048
-    max_batch_tokens: Annotated[int, Field(ge=16, description="tokens in one step")] = 256
-    kv_cache_tokens: Annotated[int, Field(ge=64, description="KV cache of a replica")] = 16_384
     max_tokens_default: Annotated[int, Field(ge=1)] = 256
+    max_logprobs: Annotated[int, Field(ge=0, le=20, description="most `top_logprobs`")] = 20
+
+    # generation with a causal model
+    lanes: Annotated[
+        int, Field(ge=1, le=64, description="revisions that one replica generates with at once")
+    ] = 2
+    lane_overflow: Annotated[
+        Literal["wait", "refuse"],
+        Field(description="a request whose revision finds every lane taken waits, or gets 429"),
+    ] = "wait"
+    kv_cache_tokens: Annotated[int, Field(ge=64, description="KV cache of each lane")] = 8192
+    max_batch_tokens: Annotated[int, Field(ge=16, description="tokens in one step")] = 256
+
+    # every other task: requests are put together into batches
+    max_batch_size: Annotated[int, Field(ge=1, description="requests in one batch")] = 32
+    batch_wait_s: Annotated[
+        float, Field(ge=0, description="how long the first request waits for others")
+    ] = 0.005
+    pooling: Annotated[
+        Literal["auto", "mean", "cls", "last"], Field(description="tokens to one embedding")
+    ] = "auto"
+    normalize: Annotated[bool, Field(description="embeddings have length 1")] = True
 
     # control
     state_uri: Annotated[
