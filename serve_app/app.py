@@ -48,7 +48,8 @@ def build(args: dict[str, Any]) -> Application:
         name=MODEL,
         num_replicas=settings.replicas,
         max_ongoing_requests=settings.max_ongoing_requests,
-        graceful_shutdown_timeout_s=30,
+        max_queued_requests=settings.max_queued_requests,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,  # what runs is finished
         graceful_shutdown_wait_loop_s=_WAIT_LOOP_S,
         health_check_period_s=5,
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": _gpus(settings)},

@@ -8,20 +8,32 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from enum import IntEnum
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel
 from rich.console import Console, RenderableType
-from rich.live import Live
 from typer.core import TyperGroup
 
-from serve_app.client import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable, Strategy
-from serve_app.screen import fleet_screen, history_screen, rollout_line, rollouts_screen
-from serve_app.views import RolloutView
+from serve_app.client import (
+    DEFAULT_URL,
+    HotswapClient,
+    InFlight,
+    RequestRefused,
+    ServerUnreachable,
+    Strategy,
+)
+from serve_app.printing import complain, draw, show
+from serve_app.screen import (
+    adapters_screen,
+    fleet_screen,
+    history_screen,
+    rollout_line,
+    rollouts_screen,
+)
+from serve_app.views import AdapterList, AdapterView, RolloutView
 
 HELP = """See and change which adapter a fleet serves.
 
@@ -52,10 +64,10 @@ class ExitCodes(TyperGroup):
         try:
             return super().invoke(ctx)
         except RequestRefused as error:
-            _complain(error.message, error.code)
+            complain(error.message, error.code)
             raise typer.Exit(Exit.REFUSED) from error
         except ServerUnreachable as error:
-            _complain(str(error), "unreachable")
+            complain(str(error), "unreachable")
             raise typer.Exit(Exit.UNREACHABLE) from error
         except KeyboardInterrupt as stop:
             typer.echo("stopped; a rollout that was accepted goes on (hotswap status)", err=True)
@@ -67,10 +79,8 @@ PLAIN: Any = {"rich_markup_mode": None, "no_args_is_help": True, "add_completion
 app = typer.Typer(cls=ExitCodes, help=HELP, pretty_exceptions_enable=False, **PLAIN)
 rollout_app = typer.Typer(help="Start, see and abort rollouts.", **PLAIN)
 app.add_typer(rollout_app, name="rollout")
-
-
-def _complain(message: str, code: str) -> None:
-    typer.echo(f"error: {' '.join(message.split())} [{code}]", err=True)
+adapters_app = typer.Typer(help="Serve more adapters, for requests that name them.", **PLAIN)
+app.add_typer(adapters_app, name="adapters")
 
 
 def _print_version(asked: bool) -> None:
@@ -94,6 +104,10 @@ Token = Annotated[str | None, typer.Option(envvar="HOTSWAP_TOKEN", help="Bearer 
 Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version)]
 Json = Annotated[bool, typer.Option("--json", help="Print the document only.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Follow it to its end.")]
+Name = Annotated[str, typer.Argument(help="What requests call it.")]
+Generation = Annotated[
+    int | None, typer.Option(help="Refuse if anything was decided since (hotswap adapters list).")
+]
 Id = Annotated[str, typer.Argument(metavar="ID", callback=_some_id)]
 
 
@@ -116,12 +130,12 @@ def status(ctx: typer.Context, watch: Watch = False, as_json: Json = False) -> N
     client: HotswapClient = ctx.obj
     fleet = client.fleet()  # a wrong address is told at once, not after an outage's wait
     if not watch:
-        _show(fleet, fleet_screen(fleet), as_json=as_json)
+        show(fleet, fleet_screen(fleet), as_json=as_json)
     elif as_json:
         for fleet in client.watch_fleet(period_s=1.0):
             typer.echo(fleet.model_dump_json())
     else:
-        _draw(fleet_screen(fleet) for fleet in client.watch_fleet())
+        draw(fleet_screen(fleet) for fleet in client.watch_fleet())
 
 
 @app.command()
@@ -136,7 +150,7 @@ def history(ctx: typer.Context, as_json: Json = False) -> None:
     """List the revisions that were stable, newest last."""
     client: HotswapClient = ctx.obj
     fleet = client.fleet()
-    _show(fleet, history_screen(fleet), as_json=as_json)
+    show(fleet, history_screen(fleet), as_json=as_json)
 
 
 @app.command()
@@ -150,9 +164,9 @@ def inspect(
     try:
         document = inspection.inspect(adapters)
     except inspection.HotswapError as error:
-        _complain(str(error), error.code)
+        complain(str(error), error.code)
         raise typer.Exit(Exit.REFUSED) from error
-    _show(document, inspection.inspection_screen(document), as_json=as_json)
+    show(document, inspection.inspection_screen(document), as_json=as_json)
 
 
 @rollout_app.command()
@@ -163,16 +177,21 @@ def start(
     name: Annotated[str | None, typer.Option(help="The revision's name.")] = None,
     strategy: Annotated[Strategy, typer.Option(help="In waves, or at once.")] = "rolling",
     max_unavailable: Annotated[int, typer.Option(min=1, help="Out of service at once.")] = 1,
+    in_flight: Annotated[
+        InFlight | None,
+        typer.Option(help="Wait for running requests, or let them finish beside the new ones."),
+    ] = None,
     watch: Watch = False,
     as_json: Json = False,
 ) -> None:
     """Move the fleet to another adapter."""
     client: HotswapClient = ctx.obj
-    path = os.path.expanduser(adapter)
-    if adapter != "base" and os.path.exists(path):  # base: no adapter, for the server
-        adapter = os.path.abspath(path)  # the server runs in another directory
     rollout = client.start(
-        adapter=adapter, name=name, strategy=strategy, max_unavailable=max_unavailable
+        adapter=adapter if adapter == "base" else _source(adapter),  # base: no adapter
+        name=name,
+        strategy=strategy,
+        max_unavailable=max_unavailable,
+        in_flight=in_flight,
     )
     _follow(client, rollout, watch=watch, as_json=as_json)
 
@@ -189,7 +208,7 @@ def list_rollouts(ctx: typer.Context, as_json: Json = False) -> None:
     """List the rollouts, newest first."""
     client: HotswapClient = ctx.obj
     rollouts = client.rollouts()
-    _show(rollouts, rollouts_screen(rollouts), as_json=as_json)
+    show(rollouts, rollouts_screen(rollouts), as_json=as_json)
 
 
 @rollout_app.command()
@@ -199,35 +218,62 @@ def abort(ctx: typer.Context, id: Id, as_json: Json = False) -> None:
     _follow(client, client.abort(id), watch=False, as_json=as_json)
 
 
-def _show(document: BaseModel, picture: RenderableType, *, as_json: bool) -> None:
-    if as_json:
-        return typer.echo(document.model_dump_json(indent=2))
-    console = Console()
-    # one line stays one line for grep; tables fit themselves to the width either way
-    console.print(picture, soft_wrap=not console.is_terminal)
+@adapters_app.command()
+def load(
+    ctx: typer.Context,
+    name: Name,
+    path: Annotated[str, typer.Argument(help="A directory, or what else the server resolves.")],
+    *,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Replace what has the name.")
+    ] = False,
+    expected_generation: Generation = None,
+    as_json: Json = False,
+) -> None:
+    """Have every replica serve an adapter; done when all of them do."""
+    client: HotswapClient = ctx.obj
+    loaded = client.load_adapter(
+        name,
+        _source(path),
+        load_inplace=in_place,
+        expected_generation=expected_generation,
+    )
+    _show_adapter(loaded, as_json=as_json)
 
 
-def _draw(frames: Iterable[RenderableType]) -> None:
-    """One picture that changes in a terminal; elsewhere, each that differs from the last."""
-    console = Console()
-    if console.is_terminal:
-        with Live(console=console, auto_refresh=False) as live:
-            for frame in frames:
-                live.update(frame, refresh=True)
-        return
-    told = ""
-    for frame in frames:
-        with console.capture() as captured:
-            console.print(frame, soft_wrap=True)
-        if captured.get() != told:
-            told = captured.get()
-            typer.echo(told, nl=False)
+@adapters_app.command()
+def unload(
+    ctx: typer.Context, name: Name, *, expected_generation: Generation = None, as_json: Json = False
+) -> None:
+    """Serve an adapter no more; requests that run on it finish."""
+    client: HotswapClient = ctx.obj
+    unloaded = client.unload_adapter(name, expected_generation=expected_generation)
+    _show_adapter(unloaded, as_json=as_json)
+
+
+@adapters_app.command(name="list")
+def list_adapters(ctx: typer.Context, as_json: Json = False) -> None:
+    """List what is loaded, oldest first."""
+    client: HotswapClient = ctx.obj
+    adapters = client.adapters()
+    show(adapters, adapters_screen(adapters), as_json=as_json)
+
+
+def _source(adapter: str) -> str:
+    path = os.path.expanduser(adapter)
+    # the server runs in another directory
+    return os.path.abspath(path) if os.path.exists(path) else adapter
+
+
+def _show_adapter(adapter: AdapterView, *, as_json: bool) -> None:
+    listed = AdapterList(data=[adapter], generation=adapter.generation)
+    show(adapter, adapters_screen(listed), as_json=as_json)
 
 
 def _follow(client: HotswapClient, rollout: RolloutView, *, watch: bool, as_json: bool) -> None:
     """Show a rollout as it is, or follow it to its end and exit as it ended."""
     if not watch:
-        _show(rollout, rollout_line(rollout), as_json=as_json)
+        show(rollout, rollout_line(rollout), as_json=as_json)
         if not as_json and not rollout.ended:
             typer.echo(f"watch: hotswap --url {client.base_url} rollout get {rollout.id} --watch")
         return
@@ -242,10 +288,10 @@ def _follow(client: HotswapClient, rollout: RolloutView, *, watch: bool, as_json
         deque(frames(), maxlen=0)
         typer.echo(rollout.model_dump_json(indent=2))
     else:
-        _draw(frames())
+        draw(frames())
     if rollout.state != "succeeded":
         why = rollout.reason or "the server gave no reason"
-        _complain(f"{rollout.id} to {rollout.target} was not promoted: {why}", rollout.state)
+        complain(f"{rollout.id} to {rollout.target} was not promoted: {why}", rollout.state)
         raise typer.Exit(Exit.NOT_PROMOTED)
 
 
@@ -257,7 +303,7 @@ def main() -> None:
         app(prog_name="hotswap")
     except Exception as defect:
         # Python's own exit code for a traceback is 1, which a pipeline would read as a refusal.
-        _complain(f"{type(defect).__name__}: {defect}", "defect")
+        complain(f"{type(defect).__name__}: {defect}", "defect")
         sys.exit(Exit.DEFECT)
 
 

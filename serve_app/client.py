@@ -12,7 +12,7 @@ Ray or torch, so it runs where neither is installed. What can go wrong:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Literal, Self, TypeVar
 from urllib.parse import quote
@@ -20,11 +20,20 @@ from urllib.parse import quote
 import httpx
 from pydantic import ValidationError
 
-from serve_app.views import ErrorBody, FleetView, RolloutList, RolloutView, View
+from serve_app.views import (
+    AdapterList,
+    AdapterView,
+    ErrorBody,
+    FleetView,
+    RolloutList,
+    RolloutView,
+    View,
+)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 Strategy = Literal["rolling", "all_at_once"]
+InFlight = Literal["drain", "overlap"]
 
 T = TypeVar("T")
 V = TypeVar("V", bound=View)
@@ -114,24 +123,65 @@ class HotswapClient:
         name: str | None = None,
         strategy: Strategy = "rolling",
         max_unavailable: int = 1,
+        in_flight: InFlight | None = None,
         progress_deadline_s: float | None = None,
     ) -> RolloutView:
-        """Ask for a rollout. `adapter` is resolved by the server, in the server's directory."""
+        """Ask for a rollout. `adapter` is resolved by the server, in the server's directory.
+
+        `in_flight`: whether running requests are waited for (drain) or finish on the old revision
+        beside the new ones (overlap). None: overlap where the fleet can.
+        """
         asked: dict[str, object] = {
             "adapter": adapter,
             "name": name,
             "strategy": strategy,
             "max_unavailable": max_unavailable,
+            "in_flight": in_flight,
             "progress_deadline_s": progress_deadline_s,
         }
-        body = {field: value for field, value in asked.items() if value is not None}
-        return self._ask(RolloutView, "POST", "/admin/rollouts", body=body)
+        return self._ask(RolloutView, "POST", "/admin/rollouts", body=_said(asked))
 
     def abort(self, id: str) -> RolloutView:
         return self._ask(RolloutView, "POST", f"/admin/rollouts/{quote(id, safe='')}/abort")
 
     def undo(self) -> RolloutView:
         return self._ask(RolloutView, "POST", "/admin/undo")
+
+    def adapters(self) -> AdapterList:
+        """What every replica serves for requests that name it, and the fleet's generation."""
+        return self._ask(AdapterList, "GET", "/v1/lora_adapters")
+
+    def load_adapter(
+        self,
+        name: str,
+        path: str,
+        *,
+        load_inplace: bool = False,
+        expected_generation: int | None = None,
+        timeout_s: float = 120.0,
+    ) -> AdapterView:
+        """Have every replica serve an adapter for requests that name it; returns when all do.
+
+        `path` is resolved by the server. Another content under the same name is refused without
+        `load_inplace`; anything is, when the fleet's generation is not `expected_generation`.
+        `timeout_s` is longer than the server tries.
+        """
+        asked = {
+            "lora_name": name,
+            "lora_path": path,
+            "load_inplace": load_inplace,
+            "expected_generation": expected_generation,
+        }
+        path = "/v1/load_lora_adapter"
+        return self._ask(AdapterView, "POST", path, body=_said(asked), timeout_s=timeout_s)
+
+    def unload_adapter(
+        self, name: str, *, expected_generation: int | None = None, timeout_s: float = 120.0
+    ) -> AdapterView:
+        """Have no replica serve it any more; requests that run on it finish."""
+        asked = {"lora_name": name, "expected_generation": expected_generation}
+        path = "/v1/unload_lora_adapter"
+        return self._ask(AdapterView, "POST", path, body=_said(asked), timeout_s=timeout_s)
 
     def watch(
         self, id: str, *, period_s: float = 0.2, outage_s: float = 30.0
@@ -188,10 +238,17 @@ class HotswapClient:
             time.sleep(period_s)
 
     def _ask(
-        self, view: type[V], method: str, path: str, *, body: dict[str, object] | None = None
+        self,
+        view: type[V],
+        method: str,
+        path: str,
+        *,
+        body: dict[str, object] | None = None,
+        timeout_s: float | None = None,
     ) -> V:
+        timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
         try:
-            response = self._http.request(method, path, json=body)
+            response = self._http.request(method, path, json=body, timeout=timeout)
         except httpx.RequestError as error:
             raise ServerUnreachable(self.base_url, _why(error, method)) from error
         if not response.is_success:
@@ -216,6 +273,10 @@ class HotswapClient:
         return RequestRefused(status, said.code, said.message)
 
 
+def _said(asked: Mapping[str, object]) -> dict[str, object]:
+    return {field: value for field, value in asked.items() if value is not None}
+
+
 def _check_address(base_url: str) -> None:
     try:
         url = httpx.URL(base_url)
@@ -232,4 +293,4 @@ def _why(error: httpx.RequestError, method: str) -> str:
     lost = str(error) or type(error).__name__
     if method == "GET":
         return lost
-    return f"{lost}; whether the request was accepted is unknown, list the rollouts to see"
+    return f"{lost}; whether the request was accepted is unknown, look at the fleet to see"

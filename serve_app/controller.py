@@ -1,8 +1,8 @@
 """The controller: exactly one, it decides what the fleet holds.
 
-A Serve deployment with one replica, so Serve restarts it when it dies. It feeds events to the pure
-rollout machine, journals the new intent, then answers the replicas' open reports. It never calls a
-replica. A restarted controller reads the journal and waits to hear what the replicas hold.
+A Serve deployment with one replica, so Serve restarts it when it dies. What users ask for is here;
+`serve_app.dispatch` hears the replicas and answers them. It never calls a replica. A restarted
+controller reads the journal and waits to hear what the replicas hold.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import ray
 from ray import serve
 
-from hotswap_lib import BASE, Adapter, HotswapError, Layout, Revision, load_adapter
+from hotswap_lib import BASE, Adapter, Revision, load_adapter
 
+from .dispatch import Dispatch
 from .fleet_view import fleet_view, rollout_view
-from .images import AdapterStore, ImageShelf, Put
-from .journal import Entry, Journal
-from .messages import Answer, Report, from_key, key
-from .rollout.events import AbortRequested, Asked, Event, Left, Reported, Ticked
-from .rollout.machine import advance, desired, restored, silent
-from .rollout.plan import Plan
-from .rollout.state import Desired, Fleet, Rollout
+from .images import Put
+from .messages import from_key, key
+from .rollout.events import AbortRequested, Asked
+from .rollout.machine import restored
+from .rollout.plan import InFlight, Plan
+from .rollout.state import Fleet, Rollout, State
 from .settings import Settings
 from .state_dir import default_state_uri
-from .views import FleetView, RolloutView
+from .tenants import Tenants
+from .views import AdapterView, FleetView, RolloutView
 
 logger = logging.getLogger("ray.serve")
-_TICK_S = 0.25
+_LOAD_S = 60.0
 
 
 class NoSuchRollout(Exception):
@@ -59,96 +59,64 @@ class FleetNotReady(Exception):
         return "no replica has reported yet, so no adapter can be checked against the fleet"
 
 
-@dataclass(slots=True)
-class _Line:
-    """A replica's end of the control lane: its last report, and the bell of its open one."""
+class PlanImpossible(Exception):
+    """This fleet cannot do what the plan says; nothing has changed."""
 
-    report: Report
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    code = "plan_impossible"
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"the plan is impossible here: {self.why}"
 
 
-class Controller:
+class Controller(Dispatch):
     """The logic, apart from Ray Serve's wrapper below, so that tests can hold it in hand."""
 
-    def __init__(self, settings: Settings, *, state_uri: str, put: Put = ray.put) -> None:
-        self._settings = settings
-        self._journal = Journal(state_uri)
-        self._store = AdapterStore(state_uri)
-        self._shelf = ImageShelf(self._store, put=put)
-        self._lines: dict[str, _Line] = {}
-        self._lock = asyncio.Lock()
-        self._deciding: set[asyncio.Task[None]] = set()
-        self._sources: dict[str, str] = {}
-        self._fleet = Fleet(stable=key(BASE), history=(key(BASE),))
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        state_uri: str,
+        put: Put = ray.put,
+        load_timeout_s: float = _LOAD_S,
+    ) -> None:
+        super().__init__(settings, state_uri=state_uri, put=put)
+        self._tenants = Tenants(
+            self._intent, self._lines, self._shelf, feed=self._feed, timeout_s=load_timeout_s
+        )
         self._ticker: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Resume from the journal, or begin with the declared adapter. Raises `AdapterRefused`."""
         entry = await asyncio.to_thread(self._journal.read)
+        if entry is not None:
+            self._intent.sources = entry.sources
         # the declared adapter wins only when someone changed it since the journal was written
         if entry is not None and entry.declared == self._settings.adapter:
-            self._sources = entry.sources
             fleet = restored(entry.fleet, at=time.time())
             logger.info(f"resumed epoch {fleet.epoch}, stable {from_key(fleet.stable)}")
         else:
-            epoch = entry.fleet.epoch + 1 if entry else 1
-            fleet = replace(await self._declared(), epoch=epoch)
-        await self._journal_and_set(fleet)
+            fleet = await self._declared()
+            if entry is not None:  # which says what nobody has to name, not what else is loaded
+                fleet = replace(fleet, epoch=entry.fleet.epoch + 1, loaded=entry.fleet.loaded)
+        await self._intent.write(fleet)
         self._ticker = asyncio.create_task(self._tick())
-
-    # ---- the control lane -------------------------------------------------------------------
-
-    async def join(self, replica: str, layout: Layout) -> None:
-        """A replica introduces its layout, so that images can be packed for it."""
-        self._shelf.add_layout(layout)
-        logger.info(f"replica {replica} joined with layout {layout.fingerprint[:8]}")
-
-    async def report(self, report: Report) -> Answer:
-        """Hear what a replica holds; answer when what it shall hold changes, or after `poll_s`."""
-        if not self._shelf.knows(report.layout):
-            return Answer(introduce=True)
-        line = _Line(report)
-        if (older := self._lines.get(report.replica)) is not None:
-            older.changed.set()
-        self._lines[report.replica] = line
-        await self._outrank(report)
-        await self._feed(
-            Reported(
-                replica=report.replica,
-                holds=key(report.holds),
-                staged=None if report.staged is None else key(report.staged),
-                serving=report.serving,
-                failure=report.failure,
-                at=time.time(),
-            )
-        )
-        if not self._has_news(line):
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.poll_s):
-                    await line.changed.wait()
-        want = desired(self._fleet, report.replica)
-        failed = report.failure is not None and report.failure.revision == want.hold
-        # it holds nothing that it may serve: have it try again, at the pace of its reports
-        if not self._has_news(line) and not failed:
-            return Answer()
-        answer = Answer(desired=want)
-        for name in {name for name in (want.hold, want.stage) if name is not None}:
-            try:
-                answer.images[name] = await self._shelf.get(from_key(name), report.layout)
-            except HotswapError as error:
-                answer.refused[name] = error
-        return answer
-
-    async def leave(self, replica: str) -> None:
-        """A replica stops on purpose; nobody needs to wait for its silence."""
-        if replica in self._fleet.observed:
-            await self._feed(Left(replica=replica, at=time.time()))
 
     # ---- users ------------------------------------------------------------------------------
 
     async def start_rollout(self, plan: Plan | dict[str, object]) -> RolloutView:
-        """Check the adapter, then begin. Raises `AdapterRefused` before anything has changed."""
+        """Check the adapter, then begin.
+
+        Raises, before anything has changed:
+            PlanImpossible: this fleet cannot do what the plan says.
+            FleetNotReady: no replica is there to check the adapter for.
+            AdapterRefused: no replica could hold it.
+        """
         plan = plan if isinstance(plan, Plan) else Plan.model_validate(plan)
+        self._in_flight(plan)
         if not self._fleet.observed:
             raise FleetNotReady
         if plan.adapter == BASE.name:
@@ -166,9 +134,13 @@ class Controller:
         if not earlier:
             raise NothingToUndo
         revision = from_key(earlier[-1])
-        for fingerprint in {line.report.layout for line in self._lines.values()}:
+        for fingerprint in {report.layout for report in self._lines.reports().values()}:
             await self._shelf.get(revision, fingerprint)  # refuse now, not on the replicas
-        plan = Plan(adapter=self._sources.get(earlier[-1], revision.name), name=revision.name)
+        plan = Plan(
+            adapter=self._intent.sources.get(earlier[-1], revision.name),
+            name=revision.name,
+            in_flight=self._way_here(),
+        )
         return await self._begin(plan, revision)
 
     async def abort(self, id: str, reason: str = "aborted by request") -> RolloutView:
@@ -185,17 +157,81 @@ class Controller:
         return [rollout_view(self._fleet, one) for one in reversed(self._all())]
 
     async def fleet(self) -> FleetView:
-        reports = {name: line.report for name, line in self._lines.items()}
         warnings = []
         if self._settings.state_uri is None:
             warnings.append(
                 "the journal is on this node's disk and does not survive it: set state_uri"
             )
         return fleet_view(
-            self._fleet, reports, journal_uri=self._journal.uri, warnings=warnings, at=time.time()
+            self._fleet,
+            self._lines.reports(),
+            journal_uri=self._journal.uri,
+            warnings=warnings,
+            at=time.time(),
         )
 
+    async def load_adapter(
+        self,
+        name: str,
+        path: str,
+        *,
+        load_inplace: bool = False,
+        expected_generation: int | None = None,
+    ) -> AdapterView:
+        """Serve an adapter beside the default; returns when every live replica does.
+
+        The content that is loaded under the name already is a success. `load_inplace` lets it
+        replace another content. `expected_generation`: the fleet's, as the caller saw it.
+
+        Raises, before anything has changed:
+            FleetNotReady: no replica is there to check the adapter for.
+            AdapterRefused: no replica could hold it, or the name cannot be one.
+            AdapterAlreadyLoaded: another content has that name.
+            GenerationMismatch: something was decided since.
+
+        Raises, after what was loaded under the name before is back:
+            AdapterLoadFailed: a replica cannot serve it.
+            AdapterLoadTimeout: some replicas did not serve it in time.
+        """
+        if not self._fleet.observed:
+            raise FleetNotReady
+        loading = self._tenants.load(
+            name, path, load_inplace=load_inplace, expected_generation=expected_generation
+        )
+        return await self._see_through(loading)
+
+    async def unload_adapter(
+        self, name: str, *, expected_generation: int | None = None
+    ) -> AdapterView:
+        """Serve it by its name no longer; requests that run on it finish.
+
+        Raises:
+            AdapterNotLoaded: nothing is loaded under the name.
+            GenerationMismatch: something was decided since the caller looked.
+        """
+        unloading = self._tenants.unload(name, expected_generation=expected_generation)
+        return await self._see_through(unloading)
+
+    async def adapters(self) -> list[AdapterView]:
+        """What is loaded beside the default, in the order in which it was loaded."""
+        return self._tenants.views()
+
     # ---- inside -----------------------------------------------------------------------------
+
+    def _in_flight(self, plan: Plan) -> InFlight:
+        """What happens to running requests. Raises `PlanImpossible`."""
+        # what does not generate keeps nothing of a request between two steps
+        can_overlap = self._settings.task in ("embed", "classify") or self._settings.lanes >= 2
+        if plan.in_flight == "overlap" and not can_overlap:
+            raise PlanImpossible("in_flight='overlap' needs two lanes, and the fleet has lanes=1")
+        return plan.in_flight or ("overlap" if can_overlap else "drain")
+
+    def _way_here(self) -> InFlight | None:
+        """The policy of the rollout that an undo takes back; None: whatever the fleet can."""
+        for rollout in reversed(self._all()):
+            if rollout.state is State.SUCCEEDED:
+                return "drain" if rollout.plan.in_flight == "drain" else None
+        return None
 
     async def _declared(self) -> Fleet:
         source = self._settings.adapter
@@ -206,82 +242,15 @@ class Controller:
         )
         await asyncio.to_thread(self._store.keep, adapter)
         stable = key(adapter.revision)
-        self._sources[stable] = source
+        self._intent.sources[stable] = source
         return replace(self._fleet, stable=stable, history=(key(BASE), stable))
 
     async def _begin(self, plan: Plan, revision: Revision) -> RolloutView:
-        self._sources[key(revision)] = plan.adapter
+        plan = plan.model_copy(update={"in_flight": self._in_flight(plan)})
+        self._intent.sources[key(revision)] = plan.adapter
         await self._feed(Asked(plan=plan, target=key(revision), at=time.time()))
         assert self._fleet.rollout is not None
         return rollout_view(self._fleet, self._fleet.rollout)
-
-    async def _outrank(self, report: Report) -> None:
-        """Begin a newer epoch when replicas know of one: they refuse whatever is older."""
-        held = report.acting_on
-        if held is None or held.epoch <= self._fleet.epoch:
-            return
-        async with self._lock:
-            if held.epoch > self._fleet.epoch:  # else another replica's report was faster
-                await self._journal_and_set(replace(self._fleet, epoch=held.epoch + 1))
-
-    async def _feed(self, event: Event) -> None:
-        """Advance; also to the end when the caller goes away in the middle of it."""
-        deciding = asyncio.create_task(self._decide(event))
-        self._deciding.add(deciding)
-        deciding.add_done_callback(self._deciding.discard)
-        await asyncio.shield(deciding)
-
-    async def _decide(self, event: Event) -> None:
-        """Advance, journal when the intent changed, then ring the replicas that it concerns."""
-        async with self._lock:
-            before, after = self._fleet, advance(self._fleet, event)
-            if replace(after, observed={}) != replace(before, observed={}):
-                await self._journal_and_set(after)
-            else:
-                self._fleet = after
-        for name, line in self._lines.items():
-            observed = after.observed.get(name)
-            # gone, or sent out and called back before it heard of either: have it say where it is
-            if self._has_news(line) or observed is None or observed.outdated:
-                line.changed.set()
-        if isinstance(event, Left):
-            self._lines.pop(event.replica, None)
-
-    async def _journal_and_set(self, fleet: Fleet) -> None:
-        target = {fleet.rollout.target} if fleet.rollout else set()
-        # of those that an undo could name, or the journal would grow with every rollout
-        known = {*fleet.history, *target}
-        self._sources = {name: where for name, where in self._sources.items() if name in known}
-        entry = Entry(fleet=fleet, declared=self._settings.adapter, sources=self._sources)
-        await asyncio.to_thread(self._journal.write, entry)
-        was, now = self._fleet.rollout, fleet.rollout
-        if now is not None and (was is None or (was.id, was.state) != (now.id, now.state)):
-            why = f" ({now.reason})" if now.reason else ""
-            logger.info(f"{now.id} to {from_key(now.target)}: {now.state}{why}")
-        self._fleet = fleet
-        needed = {fleet.stable, *fleet.assigned.values(), *fleet.history[-2:]}
-        self._shelf.keep_only(needed | target)
-
-    def _has_news(self, line: _Line) -> bool:
-        """Whether the replica acts on something else than what it shall do."""
-        want, has = desired(self._fleet, line.report.replica), line.report.acting_on
-        return has is None or _content(has) != _content(want)
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(_TICK_S)
-            try:
-                await self._look(at=time.time())
-            except Exception as error:  # a journal out of reach must not end deadlines for good
-                logger.warning(f"could not decide, trying again: {error}")
-
-    async def _look(self, *, at: float) -> None:
-        """Who was silent for too long, and what time does to a rollout."""
-        for replica in silent(self._fleet, at=at, after_s=self._settings.silence_s):
-            logger.warning(f"replica {replica} was silent for {self._settings.silence_s:g} s")
-            await self._feed(Left(replica=replica, at=at))
-        if self._fleet.running is not None:
-            await self._feed(Ticked(at=at))
 
     def _all(self) -> list[Rollout]:
         last = self._fleet.rollout
@@ -292,11 +261,6 @@ class Controller:
             if one.id == id:
                 return one
         raise NoSuchRollout(id)
-
-
-def _content(want: Desired) -> tuple[int, str, str | None]:
-    """What a replica acts on; a new generation that changes nothing for it is no news."""
-    return want.epoch, want.hold, want.stage
 
 
 class RolloutController(Controller):

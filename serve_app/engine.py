@@ -1,37 +1,31 @@
-"""The engine: transformers' continuous batching around one prepared, compiled model.
+"""What every engine is: a gate, the revisions that it answers with, and turns at the weights.
 
-Requests go in as token ids and come out as tokens, each on exactly one revision. A commit happens
-only between two steps, while no request is inside (`Admission`), and empties the prefix cache,
-because its blocks are found by tokens alone and would serve the old adapter's keys and values.
-
-Everything of the manager that is not public API is used here, and nowhere else.
+A request comes in through `admit`, which decides once on which revision it runs; whatever changes
+afterwards, it stays there to its last token. There is one default revision, for everybody who names
+none, and any number beside it. An engine differs from another in how it runs requests:
+`serve_app.causal` generates with continuous batching in lanes, `serve_app.batches` runs batches.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import AsyncGenerator, Awaitable
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
-from transformers import GenerationConfig, LogitsProcessorList
-from transformers.generation import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessorList,
-)
-from transformers.generation.continuous_batching.requests import GenerationOutput
-
-from hotswap_lib import CompileGuard, Receipt, Slot, Staged
+from hotswap_lib import CompileGuard, Receipt, Revision, Slot, Staged
 
 from .admission import Admission
-from .regions import compile_regions
-from .sampler import Temperature
+from .sampling import Sampling, TokenLogprobs
 from .settings import Settings
+from .turns import Turns
+from .views import LaneView
 
-_PAGE_TOKENS = 32
-_STEP_S = 0.005  # about one step of a small model: how soon to look again at the scheduler
+InFlight = Literal["drain", "overlap"]
 T = TypeVar("T")
 
 
@@ -49,192 +43,270 @@ class GenerationFailed(Exception):
 
 
 class EngineStopped(Exception):
-    """The generation thread is gone; the replica must be replaced."""
+    """The thread that runs the model is gone; the replica must be replaced."""
 
     code = "engine_stopped"
 
     def __str__(self) -> str:
-        return "the generation thread has stopped"
+        return "the thread that runs the model has stopped"
+
+
+class RevisionNotServed(Exception):
+    """A request names a model or revision that this replica does not answer with."""
+
+    code = "model_not_found"
+
+    def __init__(self, pin: str, served: tuple[str, ...]) -> None:
+        super().__init__(pin, served)
+        self.pin, self.served = pin, served
+
+    def __str__(self) -> str:
+        return f"no model or revision {self.pin!r} is served; live are {', '.join(self.served)}"
+
+
+class DeadlineExceeded(Exception):
+    """The request took longer than `request_timeout_s`; it was cancelled."""
+
+    code = "deadline_exceeded"
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(timeout_s)
+        self.timeout_s = timeout_s
+
+    def __str__(self) -> str:
+        return f"the request was not finished after {self.timeout_s:g} s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What a request has so far. `token_ids`: all generated tokens, the end token included."""
+    """What a generation has so far: all its tokens, the end token included.
 
-    revision: str
+    `logprobs`: one for each token, when the request wants them; else empty.
+    """
+
     token_ids: list[int]
     finished: bool
+    logprobs: Sequence[TokenLogprobs] = ()
 
 
-class Engine:
-    """One model, one generation thread, one admission gate. For one event loop."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cutover:
+    """What changing the default revision did, and how long its phases took."""
 
-    def __init__(self, slot: Slot, settings: Settings, *, eos_token_ids: list[int]) -> None:
+    receipt: Receipt
+    drain_ms: float
+    verify_ms: float
+
+
+class Engine(ABC):
+    """One slot, one gate. For one event loop."""
+
+    compiled_regions = 0
+
+    def __init__(self, slot: Slot, settings: Settings) -> None:
         self.slot = slot
+        self.settings = settings
         self.admission = Admission()
         self.guard = CompileGuard()
-        self._settings = settings
-        self._eos = frozenset(eos_token_ids)
-        self._cancelling: set[asyncio.Task[None]] = set()
-        model = slot.model.base_model.model
-        self.compiled_regions = compile_regions(model) if settings.compile else 0
-        self._manager = model.init_continuous_batching(
-            generation_config=GenerationConfig(
-                do_sample=False,  # the Temperature processor samples
-                max_new_tokens=settings.max_tokens_default,
-                eos_token_id=eos_token_ids or -1,
-            ),
-            continuous_batching_config=ContinuousBatchingConfig(
-                page_size=_PAGE_TOKENS,
-                num_blocks=-(-settings.kv_cache_tokens // _PAGE_TOKENS),
-                max_batch_tokens=settings.max_batch_tokens,
-                max_requests_per_batch=settings.max_ongoing_requests,
-                # None on a CPU, where True would only make transformers warn
-                use_cuda_graph=settings.cuda_graphs if model.device.type == "cuda" else None,
-                per_request_processors=True,
-            ),
-        )
-        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([Temperature()]))
-        processors.tensors_required = 1  # it counts only the processors that it converted itself
-        self._manager.logit_processor = processors
+        self.turns = Turns(slot)
+        self.default = slot.revision
+        self._beside: set[Revision] = set()
+        self._running: Counter[Revision] = Counter()
+        self._releasing: set[asyncio.Task[None]] = set()
 
-    def start(self) -> None:
-        self._manager.warmup()  # captures CUDA graphs where there are any
-        self._manager.start()
+    # ---- what an engine must do ---------------------------------------------------------------
 
-    def stop(self) -> None:
-        self._manager.stop(block=True, timeout=10, hard_stop=True)
+    @abstractmethod
+    def start(self) -> None: ...
+
+    @abstractmethod
+    def stop(self) -> None: ...
 
     @property
-    def alive(self) -> bool:
-        return (
-            self._manager.is_running()
-            and self._manager.background_thread_status.fatal_error is None
-        )
+    @abstractmethod
+    def alive(self) -> bool: ...
 
+    @abstractmethod
     async def warm_up(self) -> float:
-        """Run every shape class that a request can meet, then arm the guard. Returns seconds.
+        """Run every shape class that a request can meet, then arm the guard. Returns seconds."""
 
-        Prefill and decode, alone and batched: dynamo treats a size of 1 apart from all others.
-        """
-        began = time.monotonic()
-        self.admission.open()
-        short, long = [1, 2, 3, 4], list(range(5, 5 + 2 * _PAGE_TOKENS))
-        for prompts in ([[1]], [short], [short, long], [long] * 3):
-            await asyncio.gather(*(self._finish(ids) for ids in prompts))
-        self.admission.close()
-        self._forget_prefixes()
-        self.guard.arm()
-        return time.monotonic() - began
+    @abstractmethod
+    def lanes(self) -> tuple[LaneView, ...]:
+        """Which revisions run here, and how many requests each."""
 
-    async def generate(
-        self, prompt_ids: list[int], *, max_tokens: int, temperature: float, stream: bool
+    def generate(
+        self,
+        ticket: Ticket,
+        prompt_ids: list[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stream: bool,
     ) -> AsyncGenerator[Step, None]:
-        """Steps of one request; only the finished one unless `stream`.
-
-        Waits while the gate is closed. Leaving the iterator early cancels the request. Raises
-        `GenerationFailed`, or `EngineStopped` when no thread is there to generate.
-        """
-        await self.admission.enter()
-        revision = str(self.slot.revision)
-        outputs: asyncio.Queue[GenerationOutput] = asyncio.Queue()
-        request_id = uuid.uuid4().hex
-        finished = False
-        try:
-            if not self.alive:
-                raise EngineStopped
-            self._manager.register_result_handler(request_id, outputs.put_nowait)
-            self._manager.add_request(
-                prompt_ids,
-                request_id=request_id,
-                max_new_tokens=max_tokens,
-                streaming=stream,
-                temperature=temperature,
-            )
-            while not finished:
-                output = await self._next(outputs)
-                finished = output.is_finished()
-                if output.error is not None:
-                    raise GenerationFailed(output.error) if self.alive else EngineStopped
-                yield Step(revision=revision, token_ids=output.generated_tokens, finished=finished)
-        finally:
-            if finished or not self.alive:
-                self.admission.leave()
-            else:  # inside until the engine has let go, even if whoever waits here is cancelled
-                task = asyncio.create_task(self._cancel(request_id))
-                self._cancelling.add(task)
-                task.add_done_callback(self._cancelling.discard)
+        """Behind `Ticket.generate`, for engines that generate text."""
+        raise NotImplementedError
 
     def ended_by_itself(self, token_ids: list[int]) -> bool:
-        return bool(token_ids) and token_ids[-1] in self._eos
+        """Whether the last token is one that ends an answer."""
+        raise NotImplementedError
 
-    async def swap(self, staged: Staged) -> tuple[Receipt, float, float]:
-        """Drain, commit, verify, admit again. Returns the receipt, drain ms and verify ms.
+    async def _make_room(self, revision: Revision) -> None:  # noqa: B027  # most need nothing
+        """Before new requests go to `revision` while older ones still run elsewhere."""
 
-        Raises `DrainTimeout` or `VerifyFailed`; the old revision is live again then.
+    async def _take_seat(self, revision: Revision) -> int:  # noqa: ARG002
+        """Where a request on `revision` runs; may wait. Pairs with `_leave_seat`."""
+        return 0
+
+    def _leave_seat(self, seat: int) -> None:  # noqa: B027
+        """The request is out of the engine."""
+
+    # ---- requests -----------------------------------------------------------------------------
+
+    @property
+    def serves(self) -> tuple[Revision, ...]:
+        """The default revision, then those beside it."""
+        return self.default, *sorted(self._beside - {self.default}, key=str)
+
+    @asynccontextmanager
+    async def admit(self, pin: str | None = None) -> AsyncIterator[Ticket]:
+        """Wait at the gate, then run on one revision to the end, whatever changes meanwhile.
+
+        Args:
+            pin: the revision that the request names (`name`, `name@digest8` or in full).
+
+        Raises:
+            RevisionNotServed: nobody has brought that one here.
+            LanesTaken: no lane is free for it, and `lane_overflow` says not to wait.
+            DeadlineExceeded: it was not finished after `request_timeout_s`.
         """
-        began = time.monotonic()
-        async with self.admission.drained(timeout_s=self._settings.drain_timeout_s):
-            drained = time.monotonic()
-            receipt, verify_s = await _finished(asyncio.to_thread(self._commit, staged))
-        return receipt, (drained - began) * 1e3, verify_s * 1e3
-
-    def _commit(self, staged: Staged) -> tuple[Receipt, float]:
-        """Between two steps, and only when the scheduler has nothing left to run.
-
-        A cancelled request is out of the gate a moment before the scheduler drops it.
-        """
-        while True:
-            with self._manager.pause():
-                if not self._manager.batch_processor.scheduler.active_requests:
-                    return self._commit_now(staged)
-            time.sleep(_STEP_S)
-
-    def _commit_now(self, staged: Staged) -> tuple[Receipt, float]:
-        receipt = self.slot.commit(staged)
-        began = time.monotonic()
+        deadline = asyncio.timeout(self.settings.request_timeout_s)
         try:
-            self.slot.verify()
-        except Exception:
-            self.slot.rollback()
+            async with deadline:
+                await self.admission.enter()
+                ticket = None
+                try:
+                    revision = self._named(pin)
+                    self._running[revision] += 1
+                    ticket = Ticket(self, revision)
+                    ticket.seat = await self._take_seat(revision)
+                    yield ticket
+                finally:
+                    self._release(ticket)
+        except TimeoutError:
+            if deadline.expired():
+                raise DeadlineExceeded(self.settings.request_timeout_s) from None
             raise
-        self._forget_prefixes()
-        return receipt, time.monotonic() - began
 
-    def _forget_prefixes(self) -> None:
-        processor = self._manager.batch_processor
-        assert processor is not None
-        assert not processor.scheduler.active_requests
-        processor.cache.reset()
+    def _named(self, pin: str | None) -> Revision:
+        if pin is None:
+            return self.default
+        for revision in self.serves:
+            if pin in (revision.name, str(revision), f"{revision.name}@{revision.digest}"):
+                return revision
+        raise RevisionNotServed(pin, tuple(map(str, self.serves)))
 
-    async def _finish(self, prompt_ids: list[int]) -> None:
-        async for _ in self.generate(prompt_ids, max_tokens=4, temperature=0.0, stream=False):
-            pass
-
-    async def _next(self, outputs: asyncio.Queue[GenerationOutput]) -> GenerationOutput:
-        while True:
-            try:
-                async with asyncio.timeout(1.0):
-                    return await outputs.get()
-            except TimeoutError:
-                if not self.alive:
-                    raise EngineStopped from None
-
-    async def _cancel(self, request_id: str) -> None:
-        """Take the request out of the engine, then out of the gate."""
-        try:
-            self._manager.cancel_request(request_id)
-            processor = self._manager.batch_processor
-            while (
-                self.alive
-                and processor
-                and not processor.scheduler.request_is_cancelled(request_id)
-            ):
-                await asyncio.sleep(_STEP_S)
-            with self._manager.output_router._lock:
-                self._manager.output_router.result_handlers.pop(request_id, None)
-        finally:
+    def _release(self, ticket: Ticket | None) -> None:
+        """Out of the gate, once the engine has let go of everything the ticket started."""
+        if ticket is None:
             self.admission.leave()
+        elif not ticket.leaving:
+            self._released(ticket)
+        else:
+            task = asyncio.create_task(self._release_later(ticket))
+            self._releasing.add(task)
+            task.add_done_callback(self._releasing.discard)
+
+    async def _release_later(self, ticket: Ticket) -> None:
+        await asyncio.wait(ticket.leaving)
+        self._released(ticket)
+
+    def _released(self, ticket: Ticket) -> None:
+        if ticket.seat is not None:
+            self._leave_seat(ticket.seat)
+        self._running[ticket.revision] -= 1
+        self._forget_unused(ticket.revision)
+        self.admission.leave()
+
+    # ---- revisions ----------------------------------------------------------------------------
+
+    async def cut_over(self, staged: Staged, *, in_flight: InFlight) -> Cutover:
+        """Make a staged image the default revision: committed, verified, then admitted to.
+
+        `drain`: nobody new comes in until everybody has left. `overlap`: requests that run finish
+        on their revision, beside the new ones.
+
+        Raises:
+            DrainTimeout: requests still ran after `drain_timeout_s`; all is as before.
+            VerifyFailed: the weights did not take the image; all is as before.
+        """
+        began = time.monotonic()
+        if in_flight == "overlap":
+            self.turns.add(staged)
+            await self._make_room(staged.revision)
+            return await self._switch(staged, drained_s=0.0)
+        async with self.admission.drained(timeout_s=self.settings.drain_timeout_s):
+            self.turns.add(staged)
+            return await self._switch(staged, drained_s=time.monotonic() - began)
+
+    async def _switch(self, staged: Staged, *, drained_s: float) -> Cutover:
+        unused = staged.revision
+        try:
+            receipt, verify_s = await _finished(
+                asyncio.to_thread(self.turns.prove, staged.revision)
+            )
+            unused, self.default = self.default, staged.revision
+        finally:
+            self._forget_unused(unused)
+        return Cutover(receipt=receipt, drain_ms=drained_s * 1e3, verify_ms=verify_s * 1e3)
+
+    async def hold(self, staged: Staged) -> None:
+        """Answer with this revision too, when a request names it. Raises `VerifyFailed`."""
+        self.turns.add(staged)
+        try:
+            await _finished(asyncio.to_thread(self.turns.prove, staged.revision))
+            self._beside.add(staged.revision)
+        finally:
+            self._forget_unused(staged.revision)
+
+    def drop(self, revision: Revision) -> None:
+        """Admit nobody to it by name any more; requests that run on it finish."""
+        self._beside.discard(revision)
+        self._forget_unused(revision)
+
+    def _forget_unused(self, revision: Revision) -> None:
+        held = revision == self.default or revision in self._beside
+        if not held and self._running[revision] <= 0:
+            del self._running[revision]
+            self.turns.drop(revision)
+            self._forgotten(revision)
+
+    def _forgotten(self, revision: Revision) -> None:  # noqa: B027
+        """The engine's own memory of it can go."""
+
+
+class Ticket:
+    """One admitted request, and its one revision."""
+
+    def __init__(self, engine: Engine, revision: Revision) -> None:
+        self.revision = revision
+        self.seat: int | None = None
+        self.leaving: set[asyncio.Task[None]] = set()  # what it cancelled and the engine still has
+        self._engine = engine
+
+    def generate(
+        self, prompt_ids: list[int], *, max_tokens: int, sampling: Sampling, stream: bool
+    ) -> AsyncGenerator[Step, None]:
+        """Steps of one generation; only the finished one unless `stream`.
+
+        Leaving the iterator early cancels the generation.
+
+        Raises:
+            GenerationFailed: the model could not run it.
+            EngineStopped: no thread is there to generate.
+        """
+        return self._engine.generate(
+            self, prompt_ids, max_tokens=max_tokens, sampling=sampling, stream=stream
+        )
 
 
 async def _finished(work: Awaitable[T]) -> T:

@@ -20,6 +20,7 @@ def rollout_view(fleet: Fleet, rollout: Rollout) -> RolloutView:
         source=rollout.plan.adapter,
         strategy=rollout.plan.strategy,
         max_unavailable=rollout.plan.max_unavailable,
+        in_flight=rollout.plan.in_flight,
         state=rollout.state,
         reason=rollout.reason,
         total=done.total,
@@ -40,10 +41,14 @@ def fleet_view(
     at: float,
 ) -> FleetView:
     return FleetView(
-        ready=any(observed.serving for observed in fleet.observed.values()),
+        ready=any(
+            observed.serving or (name in reports and reports[name].admits)
+            for name, observed in fleet.observed.items()
+        ),
         epoch=fleet.epoch,
         generation=fleet.generation,
         stable=_short(fleet.stable),
+        loaded=[_short(name) for name in fleet.loaded],
         rollout=None if fleet.running is None else rollout_view(fleet, fleet.running),
         replicas=[
             _replica_view(fleet, name, reports.get(name), at=at) for name in sorted(fleet.observed)
@@ -64,18 +69,27 @@ def _replica_view(fleet: Fleet, name: str, report: Report | None, *, at: float) 
     return ReplicaView(
         id=name,
         revision=str(report.holds),
+        serves=[str(revision) for revision in report.serves],
+        lanes=list(report.lanes),
         assigned=assigned,
         staged=None if report.staged is None else str(report.staged),
         serving=report.serving,
         running=report.running,
         recompiles=report.recompiles,
         limit_hits=report.limit_hits,
-        failure=None if report.failure is None else report.failure.reason,
+        failure=_failure(report),
         last_swap=report.last_swap,
+        start=report.start,
         last_seen_s=round(at - observed.seen_at, 3),
         pid=report.pid,
         node=report.node,
     )
+
+
+def _failure(report: Report) -> str | None:
+    reasons = [] if report.failure is None else [report.failure.reason]
+    reasons += [f"{_short(one.revision)}: {one.reason}" for one in report.refused]
+    return "; ".join(reasons) or None
 
 
 def _short(name: str) -> str:

@@ -12,19 +12,32 @@ import secrets
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from ray.serve.handle import DeploymentHandle
 
-from .http_errors import NotAuthorized, install_error_handlers
-from .openai import ChatRequest, CompletionRequest, RequestRefused
+from .body_limit import BodyLimit
+from .http_errors import ERRORS, NotAuthorized, install_error_handlers
+from .openai import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest
 from .rollout.plan import Plan
 from .settings import Settings
-from .views import FleetView, RolloutList, RolloutView
+from .views import (
+    AdapterList,
+    AdapterView,
+    FleetView,
+    LoadAdapter,
+    RolloutList,
+    RolloutView,
+    UnloadAdapter,
+)
 
 logger = logging.getLogger("ray.serve")
 _BEARER = HTTPBearer(auto_error=False)
+Pin = Annotated[
+    str | None,
+    Header(alias="x-adapter-revision", min_length=1, description="the revision to run on"),
+]
 _STREAM = {"x-accel-buffering": "no", "cache-control": "no-cache"}
 
 
@@ -39,19 +52,31 @@ class Gateway:
         self._controller = controller
 
     def app(self) -> FastAPI:
-        app = FastAPI(title="hotswap", summary="Live LoRA adapters on a fleet")
+        app = FastAPI(title="hotswap", summary="Live LoRA adapters on a fleet", responses=ERRORS)
         install_error_handlers(app)
+        app.add_middleware(BodyLimit, limit=self._settings.max_body_bytes)
         app.include_router(self._data_routes())
         app.include_router(self._admin_routes())
+        app.include_router(self._adapter_routes())
         return app
 
     def _data_routes(self) -> APIRouter:
         router = APIRouter(tags=["inference"])
-        router.get("/health")(self.health)
+        router.get("/health", responses={503: {"description": "no replica serves"}})(self.health)
         router.get("/v1/models")(self.models)
         # the body is a document or a stream of them, so no response model fits both
         router.post("/v1/chat/completions", response_model=None)(self.chat)
         router.post("/v1/completions", response_model=None)(self.complete)
+        router.post("/v1/embeddings", response_model=None)(self.embeddings)
+        router.post("/v1/classify", response_model=None)(self.classify)
+        return router
+
+    def _adapter_routes(self) -> APIRouter:
+        """vLLM's routes for adapters beside the default."""
+        router = APIRouter(prefix="/v1", tags=["adapters"], dependencies=[Depends(self._authorize)])
+        router.post("/load_lora_adapter")(self.load_adapter)
+        router.post("/unload_lora_adapter")(self.unload_adapter)
+        router.get("/lora_adapters")(self.adapters)
         return router
 
     def _admin_routes(self) -> APIRouter:
@@ -66,23 +91,27 @@ class Gateway:
 
     # ---- inference --------------------------------------------------------------------------
 
-    async def chat(self, request: ChatRequest) -> Response:
-        self._check_model(request.model)
+    async def chat(self, request: ChatRequest, pin: Pin = None) -> Response:
         if request.stream:
-            return await self._stream(request)
-        return _document(await self._model.chat.remote(request))
+            return await self._stream(request, pin)
+        return _document(await self._model.chat.remote(request, pin))
 
-    async def complete(self, request: CompletionRequest) -> Response:
-        self._check_model(request.model)
+    async def complete(self, request: CompletionRequest, pin: Pin = None) -> Response:
         if request.stream:
-            return await self._stream(request)
-        return _document(await self._model.complete.remote(request))
+            return await self._stream(request, pin)
+        return _document(await self._model.complete.remote(request, pin))
+
+    async def embeddings(self, request: EmbeddingRequest, pin: Pin = None) -> Response:
+        return _document(await self._model.embeddings.remote(request, pin))
+
+    async def classify(self, request: ClassifyRequest, pin: Pin = None) -> Response:
+        return _document(await self._model.classify.remote(request, pin))
 
     async def models(self) -> dict[str, Any]:
-        """The base model's name, and every revision that is live now."""
+        """The base model's name, and every revision that is live now, as a name to ask for."""
         fleet: FleetView = await self._controller.fleet.remote()
         name = self._settings.model_name
-        live = sorted({r.revision for r in fleet.replicas if r.serving and r.revision})
+        live = sorted({each for r in fleet.replicas if r.serving for each in r.serves})
         entries = [{"id": name, "object": "model", "created": 0, "owned_by": "hotswap"}]
         entries += [
             {"id": f"{name}:{revision}", "object": "model", "created": 0, "owned_by": "hotswap"}
@@ -117,6 +146,24 @@ class Gateway:
     async def undo(self) -> RolloutView:
         return await self._controller.undo.remote()  # type: ignore[no-any-return]
 
+    async def load_adapter(self, body: LoadAdapter) -> AdapterView:
+        return await self._controller.load_adapter.remote(  # type: ignore[no-any-return]
+            body.lora_name,
+            body.lora_path,
+            load_inplace=body.load_inplace,
+            expected_generation=body.expected_generation,
+        )
+
+    async def unload_adapter(self, body: UnloadAdapter) -> AdapterView:
+        return await self._controller.unload_adapter.remote(  # type: ignore[no-any-return]
+            body.lora_name, expected_generation=body.expected_generation
+        )
+
+    async def adapters(self) -> AdapterList:
+        fleet: FleetView = await self._controller.fleet.remote()
+        data: list[AdapterView] = await self._controller.adapters.remote()
+        return AdapterList(data=data, generation=fleet.generation)
+
     # ---- inside -----------------------------------------------------------------------------
 
     async def _authorize(
@@ -130,14 +177,8 @@ class Gateway:
         if token is not None and not secrets.compare_digest(word.encode(), token.encode()):
             raise NotAuthorized
 
-    def _check_model(self, name: str | None) -> None:
-        served = self._settings.model_name
-        if name not in (None, served):
-            message = f"the model {name!r} is not served here; this is {served!r}"
-            raise RequestRefused(404, "model_not_found", message, "model")
-
-    async def _stream(self, request: ChatRequest | CompletionRequest) -> Response:
-        chunks = self._model.options(stream=True).stream.remote(request)
+    async def _stream(self, request: ChatRequest | CompletionRequest, pin: str | None) -> Response:
+        chunks = self._model.options(stream=True).stream.remote(request, pin)
         # the first chunk before the first header: a refusal still gets its own status
         first = await anext(aiter(chunks))
         return StreamingResponse(

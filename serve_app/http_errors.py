@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,10 +14,17 @@ from starlette.exceptions import HTTPException
 
 from hotswap_lib import AdapterRefused, HotswapError
 
-from .controller import FleetNotReady, NoSuchRollout, NothingToUndo
-from .engine import EngineStopped, GenerationFailed
+from .controller import FleetNotReady, NoSuchRollout, NothingToUndo, PlanImpossible
+from .engine import DeadlineExceeded, EngineStopped, GenerationFailed, RevisionNotServed
+from .lanes import LanesTaken
 from .openai import RequestRefused
-from .rollout.state import IllegalEvent
+from .rollout.state import GenerationMismatch, IllegalEvent
+from .tenants import (
+    AdapterAlreadyLoaded,
+    AdapterLoadFailed,
+    AdapterLoadTimeout,
+    AdapterNotLoaded,
+)
 from .views import ErrorBody, ErrorDetail
 
 logger = logging.getLogger("ray.serve")
@@ -31,15 +39,33 @@ class NotAuthorized(Exception):
 
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (AdapterRefused, 400),
+    (PlanImpossible, 400),
     (NotAuthorized, 401),
     (NoSuchRollout, 404),
+    (RevisionNotServed, 404),
+    (AdapterNotLoaded, 404),
     (NothingToUndo, 409),
     (IllegalEvent, 409),
+    (AdapterAlreadyLoaded, 409),
+    (GenerationMismatch, 409),
+    (LanesTaken, 429),
     (HotswapError, 500),
+    (AdapterLoadFailed, 500),
     (GenerationFailed, 500),
     (FleetNotReady, 503),
     (EngineStopped, 503),
+    (AdapterLoadTimeout, 504),
+    (DeadlineExceeded, 504),
 )
+_ROUTE_CODES = {
+    404: "route_not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "body_too_large",
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "default": {"model": ErrorBody, "description": "what went wrong, in OpenAI's envelope"}
+}
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -69,9 +95,7 @@ def describe(error: Exception) -> tuple[int, ErrorDetail]:
         case RequestValidationError():
             return 400, _validation(error)
         case HTTPException():
-            code = {404: "route_not_found", 405: "method_not_allowed"}.get(
-                error.status_code, "http_error"
-            )
+            code = _ROUTE_CODES.get(error.status_code, "http_error")
             return error.status_code, _detail(code, f"{error.detail}")
         case BackPressureError():
             return 429, _detail("too_many_requests", "the queue is full", kind="rate_limit_error")
@@ -84,6 +108,7 @@ def describe(error: Exception) -> tuple[int, ErrorDetail]:
     for kind, status in _STATUS:
         if isinstance(error, kind):
             kind_name = "invalid_request_error" if status < 500 else "server_error"
+            kind_name = "rate_limit_error" if status == 429 else kind_name
             return status, _detail(getattr(error, "code", "error"), str(error), kind=kind_name)
     logger.error("unexpected error", exc_info=error)
     return 500, _detail(

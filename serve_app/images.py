@@ -45,6 +45,19 @@ class RevisionLost(HotswapError):
         return f"revision {self.revision} is no longer what was kept at {self.where}"
 
 
+class ImageUnavailable(HotswapError):
+    """The image of a revision cannot be had now."""
+
+    code = "image_unavailable"
+
+    def __init__(self, revision: str, why: str) -> None:
+        super().__init__(revision, why)
+        self.revision, self.why = revision, why
+
+    def __str__(self) -> str:
+        return f"the image of {self.revision} cannot be had: {self.why}"
+
+
 class AdapterStore:
     """Accepted adapters as ordinary PEFT checkpoints, by digest. Calls block on I/O."""
 

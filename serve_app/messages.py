@@ -14,12 +14,17 @@ import ray
 from hotswap_lib import HotswapError, Revision
 
 from .rollout.state import Desired, Failure
-from .views import SwapView
+from .views import LaneView, StartView, SwapView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a replica holds, and which document it acts on."""
+    """What a replica holds, and which document it acts on.
+
+    `holds`: for requests that name no revision; `beside`: for those that name one, and `refused`
+    what it could not bring there. `serving`: it holds what it shall, and lets requests in.
+    `admits`: it lets requests in, maybe still on what it held before.
+    """
 
     replica: str
     layout: str  # fingerprint; images are packed for a layout
@@ -34,6 +39,16 @@ class Report:
     last_swap: SwapView | None
     pid: int
     node: str
+    beside: tuple[Revision, ...] = ()
+    refused: tuple[Failure, ...] = ()
+    admits: bool = False
+    lanes: tuple[LaneView, ...] = ()
+    start: StartView | None = None
+
+    @property
+    def serves(self) -> tuple[Revision, ...]:
+        """What it answers with: `holds` first, then those beside it."""
+        return self.holds, *self.beside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

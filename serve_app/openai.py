@@ -1,16 +1,45 @@
 """OpenAI's HTTP shapes: requests checked, responses built.
 
-What is not supported is refused, never ignored. `return_token_ids` is vLLM's extension. The
-revision that answered is `system_fingerprint`, in every body and every stream chunk.
+What is not supported is refused, never ignored; null, and a value that asks for nothing, is no
+request. Extensions are vLLM's: `top_k`, `return_token_ids`, `/classify`. The revision that answered
+is `system_fingerprint`, in every body and every stream chunk.
 """
 
 from __future__ import annotations
 
+import base64
+import struct
 import time
 import uuid
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from .sampling import Sampling
+
+MAX_N = 16
+MAX_PROMPTS = 64
+MAX_CHOICES = 128  # of one request: n for each of its prompts
+MAX_INPUTS = 2048
+_INT64 = 2**63
+_LOWEST = -9999.0  # OpenAI's word for "very unlikely"; JSON has no infinity
+
+TokenIds = list[int]
 
 
 class RequestRefused(Exception):
@@ -24,19 +53,151 @@ class RequestRefused(Exception):
         return self.message
 
 
+def find_pin(model: str | None, given: str | None, *, served: str) -> str | None:
+    """The revision that a request names; None for the default.
+
+    Args:
+        model: the request's `model`: the served name, `NAME:REVISION`, or, as in vLLM, the name of
+            a loaded adapter alone. Whether there is such a revision, the engine knows.
+        given: what the request names beside that, in a header or a handle call.
+
+    Raises:
+        RequestRefused: the two are not the same.
+    """
+    named = _pin_in(model, served)
+    if named is not None and given is not None and named != given:
+        message = f"the model names revision {named!r}, and the request pins {given!r}"
+        raise RequestRefused(400, "conflicting_revisions", message, "model")
+    return named if given is None else given
+
+
+def _pin_in(model: str | None, served: str) -> str | None:
+    if model is None or model == served:  # first, because a served name may have a ':' in it
+        return None
+    return model.removeprefix(f"{served}:")
+
+
+# ---- what a field may be ------------------------------------------------------------------------
+
+
+def _refused(message: str) -> PydanticCustomError:
+    # as an argument: pydantic would read braces in a template of its own
+    return PydanticCustomError("refused", "{why}", {"why": message})
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _refused("half of a surrogate pair is not text") from None
+    return text
+
+
+def _texts(value: Any, *, most: int, ids: bool) -> list[str | TokenIds]:
+    """One text or token list, or several, as a list of them."""
+    several = value if isinstance(value, list) and value else [value]
+    if several is value and type(several[0]) is int:
+        several = [several]
+    if len(several) > most:
+        raise _refused(f"at most {most} can be given at once, not {len(several)}")
+    for one in several:
+        if isinstance(one, str):
+            _unicode(one)
+        elif not (ids and isinstance(one, list) and set(map(type, one)) <= {int}):
+            kinds = "texts or lists of token ids" if ids else "texts"
+            raise _refused(f"must be one or several {kinds}")
+        if not one:
+            raise _refused("must not be empty")
+        if isinstance(one, list) and min(one) < 0:
+            raise _refused("token ids are 0 or more")
+    return several
+
+
+def _prompts(value: Any) -> list[str | TokenIds]:
+    return _texts(value, most=MAX_PROMPTS, ids=True)
+
+
+def _inputs(value: Any) -> list[str | TokenIds]:
+    return _texts(value, most=MAX_INPUTS, ids=True)
+
+
+def _only_texts(value: Any) -> list[str | TokenIds]:
+    return _texts(value, most=MAX_INPUTS, ids=False)
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+_AnyTexts = str | list[str] | TokenIds | list[TokenIds]
+Unicode = Annotated[str, AfterValidator(_unicode)]
+Prompts = Annotated[
+    list[str | TokenIds], PlainValidator(_prompts, json_schema_input_type=_AnyTexts)
+]
+Inputs = Annotated[list[str | TokenIds], PlainValidator(_inputs, json_schema_input_type=_AnyTexts)]
+Texts = Annotated[list[str], PlainValidator(_only_texts, json_schema_input_type=str | list[str])]
+StopStrings = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_unicode)]],
+    Field(max_length=4),
+    BeforeValidator(_listed, json_schema_input_type=str | list[str]),
+]
+
+
+# ---- requests -----------------------------------------------------------------------------------
+
+
 class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    # parameters that are not supported, with the values that ask for nothing
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {
+            key: value
+            for key, value in data.items()
+            if value is not None and not _is_one_of(value, cls.neutral.get(key, ()))
+        }
+
+
+_Values = tuple[Any, ...]
+_SAMPLING: dict[str, _Values] = {
+    "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0),
+    "logit_bias": ({},),
+}
+
+
+def _is_one_of(value: Any, values: _Values) -> bool:
+    return any(type(value) is type(each) and value == each for each in values)  # False is not 0
 
 
 class TextPart(_Request):
     type: Literal["text"]
-    text: str
+    text: Unicode
 
 
 class Message(_Request):
+    """`content` may be absent only where OpenAI's own answers have null."""
+
+    neutral: ClassVar = {"tool_calls": ([],), "annotations": ([],)}
+
     role: Literal["system", "user", "assistant", "developer"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: Annotated[
+        Annotated[Unicode, Tag("text")] | Annotated[list[TextPart], Tag("parts")],
+        Discriminator(lambda value: "parts" if isinstance(value, list) else "text"),
+    ] = ""
+    name: Unicode | None = None
+
+    @model_validator(mode="after")
+    def _said(self) -> Message:
+        if self.role != "assistant" and "content" not in self.model_fields_set:
+            raise _refused(f"a message of the {self.role} needs a content")
+        return self
 
     @property
     def text(self) -> str:
@@ -55,12 +216,22 @@ class _Generation(_Request):
     model: str | None = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(ge=1, le=1, description="only 1: nucleus is not supported")] = 1.0
-    n: Annotated[int, Field(ge=1, le=1)] = 1
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31, description="0 or -1: all")] = 0
+    stop: StopStrings = []
+    seed: Annotated[int | None, Field(ge=-_INT64, lt=_INT64)] = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     return_token_ids: bool = False
+
+    @field_validator("stream_options")
+    @classmethod
+    def _of_a_stream(cls, value: object, info: ValidationInfo) -> object:
+        if not info.data.get("stream"):
+            raise _refused("is only for `stream`")
+        return value
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -70,96 +241,325 @@ class _Generation(_Request):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to name for each token; None: no log-probabilities at all."""
+        raise NotImplementedError
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            seed=self.seed,
+            logprobs=self.alternatives,
+        )
+
 
 class ChatRequest(_Generation):
+    neutral: ClassVar = _SAMPLING | {
+        "tools": ([],),
+        "tool_choice": ("none",),
+        "parallel_tool_calls": (True, False),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "store": (False,),
+        "service_tier": ("auto", "default"),
+    }
+
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    # like `user`: for whoever stores, caches or polices answers, and never part of one
+    metadata: dict[str, str] = {}
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _of_logprobs(cls, value: int, info: ValidationInfo) -> int:
+        if not info.data.get("logprobs"):
+            raise _refused("needs `logprobs` to be true")
+        return value
 
     @property
     def wanted_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def alternatives(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
 
 class CompletionRequest(_Generation):
-    prompt: Annotated[str, Field(min_length=1)]
+    neutral: ClassVar = _SAMPLING | {"echo": (False,)}
 
-    @field_validator("prompt", mode="before")
+    prompt: Prompts
+    logprobs: Annotated[int | None, Field(ge=0, le=5)] = None
+    best_of: int | None = None
+
+    @field_validator("prompt")
     @classmethod
-    def _one_prompt(cls, value: Any) -> Any:
-        return value[0] if isinstance(value, list) and len(value) == 1 else value
+    def _not_too_many(cls, value: list[str | TokenIds], info: ValidationInfo) -> Any:
+        choices = info.data.get("n", 1) * len(value)
+        if choices > MAX_CHOICES:
+            raise _refused(f"`n` for each prompt are {choices}, and at most {MAX_CHOICES} can be")
+        return value
+
+    @field_validator("best_of")
+    @classmethod
+    def _all_of_them(cls, value: int, info: ValidationInfo) -> int:
+        if value != info.data.get("n"):
+            raise _refused("is only supported when it equals `n`")
+        return value
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+
+class EmbeddingRequest(_Request):
+    """`input` is a list of texts and token lists, whichever way it came."""
+
+    model: str | None = None
+    input: Inputs
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+
+
+class ClassifyRequest(_Request):
+    """`input` is a list of texts, whichever way it came."""
+
+    model: str | None = None
+    input: Texts
+    user: str | None = None
+
+
+# ---- responses ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NamedToken:
+    """A token by its text and bytes, and the logarithm of its probability."""
+
+    text: str
+    data: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token that was taken, the likeliest ones there, and where in the answer it begins."""
+
+    chosen: NamedToken
+    top: list[NamedToken]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What is new in a choice; the last piece of it has a `reason`."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
+    reason: Literal["stop", "length"] | None = None
 
 
 class Responses:
     """Builds the documents of one answer: the same id, time, model and revision in all of them."""
 
     def __init__(
-        self, request: ChatRequest | CompletionRequest, *, model: str, replica: str
+        self,
+        request: ChatRequest | CompletionRequest,
+        prompts: list[TokenIds],
+        *,
+        model: str,
+        revision: str,
+        replica: str,
     ) -> None:
-        self._chat = isinstance(request, ChatRequest)
         self._request = request
+        self._prompts = prompts
+        self._chat = isinstance(request, ChatRequest)
         self._head = {
             "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
+            "system_fingerprint": revision,
             "replica_id": replica,
         }
 
-    def whole(
-        self, *, text: str, revision: str, reason: str, prompt_ids: list[int], token_ids: list[int]
-    ) -> dict[str, Any]:
-        """The answer in one document."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": reason}
+    def whole(self, choices: Sequence[Piece]) -> dict[str, Any]:
+        """The answer in one document; each choice in one piece, in the order of their index."""
+        kind = "chat.completion" if self._chat else "text_completion"
+        documents = [
+            self._choice(piece, scored=True)
+            | ({"message": _message(piece.text)} if self._chat else {"text": piece.text})
+            | self._prompt_of(piece.index)
+            for piece in choices
+        ]
+        tokens = sum(len(piece.token_ids) for piece in choices)
+        usage = {"usage": self._usage(tokens)}
+        return self._document(kind, documents) | self._prompt() | usage
+
+    def first(self, index: int) -> dict[str, Any]:
+        """The chunk that opens a choice: a chat's has the role, a text's is an empty piece."""
+        document = self.piece(Piece(index=index))
+        choice = document["choices"][0]
+        choice |= self._prompt_of(index)
         if self._chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
-        if self._request.return_token_ids:
-            choice["token_ids"] = token_ids
-        document = self._document(revision, [choice], chunk=False)
-        if self._request.return_token_ids:
-            document["prompt_token_ids"] = prompt_ids
-        return document | {"usage": usage(prompt_ids, token_ids)}
+            choice["delta"] = {"role": "assistant", "content": ""}
+        return document | self._prompt()
 
-    def first(self, *, revision: str, prompt_ids: list[int]) -> dict[str, Any]:
-        """A chat stream's opening chunk: the role. A text stream has none; an empty piece then."""
-        extra = {"prompt_token_ids": prompt_ids} if self._request.return_token_ids else {}
-        if not self._chat:
-            return self.piece(text="", revision=revision) | extra
-        choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-        return self._document(revision, [choice], chunk=True) | extra
+    def piece(self, piece: Piece) -> dict[str, Any]:
+        """One chunk."""
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        content = {"content": piece.text} if piece.text else {}
+        new = {"delta": content} if self._chat else {"text": piece.text}
+        document = self._document(kind, [self._choice(piece, scored=bool(piece.scores)) | new])
+        return document | ({"usage": None} if self._request.include_usage else {})
 
-    def piece(
-        self,
-        *,
-        text: str,
-        revision: str,
-        reason: str | None = None,
-        token_ids: list[int] | None = None,
-    ) -> dict[str, Any]:
-        """One chunk; `token_ids`: the tokens that are new in it."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": reason}
-        if self._chat:
-            choice["delta"] = {"content": text} if text else {}
-        else:
-            choice["text"] = text
-        if self._request.return_token_ids and token_ids is not None:
-            choice["token_ids"] = token_ids
-        return self._document(revision, [choice], chunk=True)
-
-    def last(self, *, revision: str, prompt_ids: list[int], token_ids: list[int]) -> dict[str, Any]:
+    def last(self, completion_tokens: int) -> dict[str, Any]:
         """The chunk with the usage, for `stream_options.include_usage`."""
-        return self._document(revision, [], chunk=True) | {"usage": usage(prompt_ids, token_ids)}
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        return self._document(kind, []) | {"usage": self._usage(completion_tokens)}
 
-    def _document(self, revision: str, choices: list[Any], *, chunk: bool) -> dict[str, Any]:
-        kind = "text_completion"
-        if self._chat:
-            kind = "chat.completion.chunk" if chunk else "chat.completion"
-        return {**self._head, "object": kind, "system_fingerprint": revision, "choices": choices}
+    def _document(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": kind, "choices": choices}
+
+    def _choice(self, piece: Piece, *, scored: bool) -> dict[str, Any]:
+        scores = _chat_scores if self._chat else _text_scores
+        scored = scored and self._request.alternatives is not None
+        choice: dict[str, Any] = {
+            "index": piece.index,
+            "logprobs": scores(piece.scores) if scored else None,
+            "finish_reason": piece.reason,
+        }
+        if self._request.return_token_ids:
+            choice["token_ids"] = piece.token_ids
+        return choice
+
+    def _prompt(self) -> dict[str, Any]:
+        if not self._request.return_token_ids or len(self._prompts) > 1:
+            return {}
+        return {"prompt_token_ids": self._prompts[0]}
+
+    def _prompt_of(self, index: int) -> dict[str, Any]:
+        """Where vLLM has it, since a text request may have several prompts."""
+        if not self._request.return_token_ids or self._chat:
+            return {}
+        return {"prompt_token_ids": self._prompts[index // self._request.n]}
+
+    def _usage(self, completion_tokens: int) -> dict[str, int]:
+        prompt_tokens = sum(map(len, self._prompts))
+        return _usage(prompt_tokens) | {
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
 
 
-def usage(prompt_ids: list[int], token_ids: list[int]) -> dict[str, int]:
+def embedding_document(
+    request: EmbeddingRequest,
+    vectors: Sequence[Sequence[float]],
+    *,
+    model: str,
+    revision: str,
+    replica: str,
+    tokens: int,
+) -> dict[str, Any]:
+    """A vector for each input, in their order; `tokens` is how many all inputs had."""
+    coded = request.encoding_format == "base64"
+    data = [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": _base64(vector) if coded else list(vector),
+        }
+        for index, vector in enumerate(vectors)
+    ]
     return {
-        "prompt_tokens": len(prompt_ids),
-        "completion_tokens": len(token_ids),
-        "total_tokens": len(prompt_ids) + len(token_ids),
+        "object": "list",
+        "data": data,
+        "model": model,
+        "system_fingerprint": revision,
+        "replica_id": replica,
+        "usage": _usage(tokens),
     }
+
+
+def classification_document(
+    request: ClassifyRequest,
+    probs: Sequence[Sequence[float]],
+    labels: Sequence[str],
+    *,
+    model: str,
+    revision: str,
+    replica: str,
+    tokens: int,
+) -> dict[str, Any]:
+    """A row of probabilities for each input, in their order; `labels` name the columns."""
+    assert len(probs) == len(request.input)
+    data = [
+        {
+            "index": index,
+            "label": labels[max(range(len(row)), key=row.__getitem__)],
+            "probs": list(row),
+            "num_classes": len(row),
+        }
+        for index, row in enumerate(probs)
+    ]
+    return {
+        "id": f"classify-{uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": revision,
+        "replica_id": replica,
+        "data": data,
+        "usage": _usage(tokens),
+    }
+
+
+def _message(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, "refusal": None}
+
+
+def _chat_scores(scores: list[TokenScore]) -> dict[str, Any]:
+    content = [
+        _chat_token(score.chosen) | {"top_logprobs": [_chat_token(token) for token in score.top]}
+        for score in scores
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _chat_token(token: NamedToken) -> dict[str, Any]:
+    return {"token": token.text, "logprob": _finite(token.logprob), "bytes": list(token.data)}
+
+
+def _text_scores(scores: list[TokenScore]) -> dict[str, Any]:
+    return {
+        "tokens": [score.chosen.text for score in scores],
+        "token_logprobs": [_finite(score.chosen.logprob) for score in scores],
+        # the token that was taken is always among them, as OpenAI has it
+        "top_logprobs": [
+            {token.text: _finite(token.logprob) for token in (*score.top, score.chosen)}
+            for score in scores
+        ],
+        "text_offset": [score.offset for score in scores],
+    }
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob > _LOWEST else _LOWEST  # so NaN is the lowest, too
+
+
+def _base64(vector: Sequence[float]) -> str:
+    """Little-endian float32, as OpenAI's clients decode it."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+def _usage(prompt_tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens}

@@ -1,33 +1,46 @@
-"""Which parts of the model are compiled.
+"""Which parts of a model are compiled.
 
-Compiled are the blocks inside the repeated layers that do not know which layer they are: MLPs,
-projections, norms; the adapter's matrices are in them. Attention itself is left out: it hands
-`layer_idx` to the paged cache, dynamo guards on that number, and so would compile it once per layer
-until it hits the recompile limit and silently runs eager. Blocks of the same kind share one graph,
-so 30 layers compile as fast as one.
+With attention made opaque (`serve_app.attention`), whole decoder layers: one graph for all of them.
+Elsewhere the blocks inside repeated layers that do not know which layer they are: MLPs,
+projections, norms; the adapter's matrices are in them. Attention itself is left out there: it hands
+`layer_idx` to the cache, dynamo guards on that number, and so would compile it once per layer until
+it hits the recompile limit and silently runs eager.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 
+def compile_layers(model: nn.Module) -> int:
+    """Compile the repeated layers of `model` in place, for any sizes. Returns how many."""
+    return _compile(_repeated(model))
+
+
 def compile_regions(model: nn.Module) -> int:
     """Compile every region of `model` in place, for any number of tokens. Returns how many."""
-    regions = list(find_regions(model))
-    for region in regions:
-        region.compile(dynamic=True)
-    return len(regions)
+    return _compile(find_regions(model))
 
 
 def find_regions(model: nn.Module) -> Iterator[nn.Module]:
     """The largest blocks inside repeated layers that do not depend on the layer's number."""
+    for layer in _repeated(model):
+        yield from _position_free(layer)
+
+
+def _compile(modules: Iterable[nn.Module]) -> int:
+    found = list(modules)
+    for module in found:
+        module.compile(dynamic=True)
+    return len(found)
+
+
+def _repeated(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
-            for layer in module:
-                yield from _position_free(layer)
+            yield from module
 
 
 def _position_free(module: nn.Module) -> Iterator[nn.Module]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -19,15 +19,30 @@ from ray.serve.handle import DeploymentHandle
 
 from hotswap_lib import Layout
 
-from .detokenizer import Detokenizer
-from .engine import Engine, EngineStopped, Step
-from .lane import Lane
-from .loading import load
+from .answers import Answers
+from .causal import CausalEngine
+from .compile_cache import open_compile_cache
+from .control_lane import ControlLane
+from .encoder import EncoderEngine
+from .encoder_answers import EncoderAnswers
+from .engine import Engine, EngineStopped
+from .loading import Loaded, load
 from .messages import Answer, Report
-from .openai import ChatRequest, CompletionRequest, RequestRefused, Responses
+from .openai import (
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    RequestRefused,
+    find_pin,
+)
+from .seq2seq import Seq2SeqEngine
 from .settings import Settings
+from .tasks import Task
+from .views import StartView
 
 logger = logging.getLogger("ray.serve")
+_GENERATES: tuple[Task, ...] = ("causal", "seq2seq")
 
 
 class StartTimeout(Exception):
@@ -44,7 +59,7 @@ class StartTimeout(Exception):
 
 
 class _Remote:
-    """The controller behind its handle, as the lane wants to call it."""
+    """The controller behind its handle, as the control lane wants to call it."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
@@ -61,7 +76,11 @@ class _Remote:
 
 
 class Model:
-    """Handle methods: `chat`, `complete` (a document each), `stream` (chunks)."""
+    """Handle methods: `chat`, `complete`, `embeddings`, `classify` (a document each), and `stream`.
+
+    Each takes OpenAI's request, as the pydantic model or as a dict, and optionally the revision to
+    run on, which otherwise is what the request's `model` names after the colon, or the default.
+    """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, controller: DeploymentHandle
@@ -70,58 +89,66 @@ class Model:
         if settings.torch_threads is not None:
             torch.set_num_threads(settings.torch_threads)
         self._settings = settings
-        self._replica = serve.get_replica_context().replica_id.unique_id
+        replica = serve.get_replica_context().replica_id.unique_id
         loaded = await asyncio.to_thread(load, settings)
-        self._tokenizer = loaded.tokenizer
-        self._engine = Engine(loaded.slot, settings, eos_token_ids=loaded.eos_token_ids)
+        self._task = loaded.task
+        cache = await asyncio.to_thread(open_compile_cache, loaded.slot, settings)
+        self._engine = _engine(loaded, settings)
         self._engine.start()
         loaded_s = time.monotonic() - began
         warm_s = await self._engine.warm_up()
-        self._lane = Lane(self._engine, _Remote(controller), replica=self._replica)
+        await asyncio.to_thread(cache.publish)
+        self._answers, self._encoder_answers = _answers(self._engine, loaded, settings, replica)
+        start = StartView(
+            load_s=round(loaded_s, 3),
+            warm_up_s=round(warm_s, 3),
+            compiled_regions=self._engine.compiled_regions,
+            compile_cache=cache.state,
+        )
+        self._lane = ControlLane(self._engine, _Remote(controller), replica=replica, start=start)
         try:
             async with asyncio.timeout(settings.start_timeout_s):
                 await asyncio.shield(self._lane.ready)
         except TimeoutError:
             raise StartTimeout(settings.start_timeout_s) from None
-        logger.info(
-            f"ready on {self._engine.slot.revision}: "
-            f"load {loaded_s:.1f} s, warm-up {warm_s:.1f} s, "
-            f"{self._engine.compiled_regions} compiled regions"
-        )
+        logger.info(f"ready on {self._engine.default}: {start}")
 
-    async def chat(self, request: ChatRequest | dict[str, Any]) -> dict[str, Any]:
+    async def chat(
+        self, request: ChatRequest | dict[str, Any], pin: str | None = None
+    ) -> dict[str, Any]:
         """Answer a chat: OpenAI's request in, OpenAI's `chat.completion` document out."""
-        return await self._whole(ChatRequest.model_validate(request))
+        checked = ChatRequest.model_validate(request)
+        return await self._generating.whole(checked, self._pin(checked.model, pin))
 
-    async def complete(self, request: CompletionRequest | dict[str, Any]) -> dict[str, Any]:
+    async def complete(
+        self, request: CompletionRequest | dict[str, Any], pin: str | None = None
+    ) -> dict[str, Any]:
         """Continue a text: OpenAI's request in, OpenAI's `text_completion` document out."""
-        return await self._whole(CompletionRequest.model_validate(request))
+        checked = CompletionRequest.model_validate(request)
+        return await self._generating.whole(checked, self._pin(checked.model, pin))
 
     async def stream(
-        self, request: ChatRequest | CompletionRequest
+        self, request: ChatRequest | CompletionRequest, pin: str | None = None
     ) -> AsyncIterator[dict[str, Any]]:
         """The same answer in chunks. Use `handle.options(stream=True).stream.remote(request)`."""
-        prompt_ids, max_tokens = self._prompt(request)
-        responses = Responses(request, model=self._settings.model_name, replica=self._replica)
-        detokenizer = Detokenizer(self._tokenizer)
-        sent = 0
-        async with self._steps(request, prompt_ids, max_tokens) as steps:
-            async for step in steps:
-                if sent == 0:
-                    yield responses.first(revision=step.revision, prompt_ids=prompt_ids)
-                new = step.token_ids[sent:]
-                sent = len(step.token_ids)
-                text = detokenizer.step(new)
-                yield responses.piece(
-                    text=text + detokenizer.rest(step.token_ids) if step.finished else text,
-                    revision=step.revision,
-                    reason=self._reason(step) if step.finished else None,
-                    token_ids=new,
-                )
-        if request.include_usage:
-            yield responses.last(
-                revision=step.revision, prompt_ids=prompt_ids, token_ids=step.token_ids
-            )
+        chunks = self._generating.stream(request, self._pin(request.model, pin))
+        async with aclosing(chunks):  # at once, when the client goes away
+            async for chunk in chunks:
+                yield chunk
+
+    async def embeddings(
+        self, request: EmbeddingRequest | dict[str, Any], pin: str | None = None
+    ) -> dict[str, Any]:
+        """OpenAI's embeddings request in, its list of embeddings out."""
+        checked = EmbeddingRequest.model_validate(request)
+        return await self._encoding("embed").embeddings(checked, self._pin(checked.model, pin))
+
+    async def classify(
+        self, request: ClassifyRequest | dict[str, Any], pin: str | None = None
+    ) -> dict[str, Any]:
+        """vLLM's classification request in, a list of probabilities for each text out."""
+        checked = ClassifyRequest.model_validate(request)
+        return await self._encoding("classify").classify(checked, self._pin(checked.model, pin))
 
     async def check_health(self) -> None:
         if not self._engine.alive:
@@ -133,58 +160,46 @@ class Model:
         if hasattr(self, "_engine"):
             await asyncio.to_thread(self._engine.stop)
 
-    async def _whole(self, request: ChatRequest | CompletionRequest) -> dict[str, Any]:
-        prompt_ids, max_tokens = self._prompt(request)
-        responses = Responses(request, model=self._settings.model_name, replica=self._replica)
-        async with self._steps(request, prompt_ids, max_tokens) as steps:
-            last = [step async for step in steps][-1]
-        return responses.whole(
-            text=self._tokenizer.decode(last.token_ids, skip_special_tokens=True),
-            revision=last.revision,
-            reason=self._reason(last),
-            prompt_ids=prompt_ids,
-            token_ids=last.token_ids,
+    @property
+    def _generating(self) -> Answers:
+        if self._answers is None:
+            raise self._other_task()
+        return self._answers
+
+    def _encoding(self, task: Task) -> EncoderAnswers:
+        if self._encoder_answers is None or self._task != task:
+            raise self._other_task()
+        return self._encoder_answers
+
+    def _other_task(self) -> RequestRefused:
+        route = {"embed": "/v1/embeddings", "classify": "/v1/classify"}.get(
+            self._task, "/v1/completions"
         )
+        message = f"{self._settings.model_name} is not served for this; it answers on {route}"
+        return RequestRefused(400, "task_not_served", message)
 
-    def _steps(
-        self, request: ChatRequest | CompletionRequest, prompt_ids: list[int], max_tokens: int
-    ) -> aclosing[AsyncGenerator[Step, None]]:
-        """The engine's steps; closed at once when the client goes away, which cancels them."""
-        return aclosing(
-            self._engine.generate(
-                prompt_ids,
-                max_tokens=max_tokens,
-                temperature=request.temperature,
-                stream=request.stream,
-            )
+    def _pin(self, model: str | None, given: str | None) -> str | None:
+        return find_pin(model, given, served=self._settings.model_name)
+
+
+def _engine(loaded: Loaded, settings: Settings) -> Engine:
+    match loaded.task:
+        case "causal":
+            return CausalEngine(loaded.slot, settings, eos_token_ids=loaded.eos_token_ids)
+        case "seq2seq":
+            return Seq2SeqEngine(loaded.slot, settings, eos_token_ids=loaded.eos_token_ids)
+        case "embed" | "classify":
+            return EncoderEngine(loaded.slot, settings, pooling=loaded.pooling)
+
+
+def _answers(
+    engine: Engine, loaded: Loaded, settings: Settings, replica: str
+) -> tuple[Answers | None, EncoderAnswers | None]:
+    if isinstance(engine, EncoderEngine):
+        return None, EncoderAnswers(
+            engine, loaded.tokenizer, settings, replica=replica, labels=loaded.labels
         )
-
-    def _reason(self, step: Step) -> str:
-        return "stop" if self._engine.ended_by_itself(step.token_ids) else "length"
-
-    def _prompt(self, request: ChatRequest | CompletionRequest) -> tuple[list[int], int]:
-        """Token ids and how many may follow. Raises `RequestRefused` when they do not fit."""
-        if isinstance(request, ChatRequest):
-            ids = self._chat_ids(request)
-        else:
-            ids = self._tokenizer(request.prompt)["input_ids"]
-        limit = self._settings.max_model_len
-        room = limit - len(ids)
-        wanted = request.wanted_tokens or max(min(self._settings.max_tokens_default, room), 1)
-        if wanted > room:
-            message = (
-                f"the context is at most {limit} tokens, but the prompt has {len(ids)} "
-                f"and {wanted} are wanted after it"
-            )
-            raise RequestRefused(400, "context_length_exceeded", message)
-        return list(ids), wanted
-
-    def _chat_ids(self, request: ChatRequest) -> list[int]:
-        if self._tokenizer.chat_template is None:
-            message = f"{self._settings.model_name} has no chat template; use /v1/completions"
-            raise RequestRefused(400, "no_chat_template", message)
-        messages = [{"role": m.role, "content": m.text} for m in request.messages]
-        ids: list[int] = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
-        )
-        return ids
+    config = loaded.slot.model.base_model.model.config.get_text_config()
+    return Answers(
+        engine, loaded.tokenizer, settings, replica=replica, vocabulary=config.vocab_size
+    ), None

@@ -6,6 +6,7 @@ and failures come from outside and may hold brackets.
 
 from __future__ import annotations
 
+from collections import Counter
 from zlib import crc32
 
 from rich import box
@@ -15,13 +16,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from serve_app.views import FleetView, ReplicaView, RolloutList, RolloutView
+from serve_app.views import AdapterList, FleetView, ReplicaView, RolloutList, RolloutView
 
 # Light enough for dark terminals, dark enough for light ones; red is left to failures.
 PALETTE = ("cyan", "magenta", "green", "yellow", "blue", "orange3", "purple", "turquoise4")
 STATE_STYLES = {"succeeded": "bold green", "aborting": "yellow", "aborted": "bold red"}
 STATE_STYLES |= {"failed": "bold red", "superseded": "bold yellow"}
 SHORT_ID = 6
+SHOWN_BESIDE = 8
 
 
 def revision_style(revision: str) -> str:
@@ -80,7 +82,7 @@ def rollout_line(rollout: RolloutView) -> Text:
         (rollout.id, "bold"),
         "  ",
         _way(rollout),
-        f"  {rollout.strategy}  ",
+        f"  {rollout.strategy}{_in_flight(rollout)}  ",
         _state(rollout),
         f"  {rollout.committed}/{rollout.total} committed, {rollout.staged}/{rollout.total} staged",
     )
@@ -95,6 +97,25 @@ def rollouts_screen(rollouts: RolloutList) -> RenderableType:
     if not rollouts.data:
         return Text("no rollouts yet", style="dim")
     return Group(*(rollout_line(rollout) for rollout in rollouts.data))
+
+
+def adapters_screen(adapters: AdapterList) -> RenderableType:
+    """One line for each: what it is called, what that is, who serves it, where it came from."""
+    if not adapters.data:
+        line = Text("no adapters are loaded", style="dim")
+    else:
+        width = max(len(each.lora_name) for each in adapters.data)
+        line = Text("\n").join(
+            Text.assemble(
+                (f"{each.lora_name:<{width}}", "bold"),
+                "  ",
+                _revision(each.revision),
+                f"  {each.ready}/{each.total} serve it  ",
+                (_one_line(each.lora_path), "dim"),
+            )
+            for each in adapters.data
+        )
+    return Group(line, Text(f"generation {adapters.generation}", style="dim"))
 
 
 def history_screen(fleet: FleetView) -> RenderableType:
@@ -125,10 +146,28 @@ def _header(fleet: FleetView, rollout: RolloutView | None) -> RenderableType:
     grid.add_row(
         "stable", Text.assemble(_revision(fleet.stable), "  ", ready, "  ", (place, "dim"))
     )
+    if beside := _beside(fleet):
+        grid.add_row("beside", beside)
     if rollout:
         grid.add_row("rollout", Text.assemble((rollout.id, "bold"), "  ", _way(rollout)))
         grid.add_row("", _progress(rollout))
     return grid
+
+
+def _beside(fleet: FleetView) -> Text | None:
+    """What is served for requests that name it, and by how many replicas where not by all."""
+    if not fleet.loaded:
+        return None
+    serving = Counter(name for each in fleet.replicas for name in each.serves)
+    parts = []
+    for name in fleet.loaded[:SHOWN_BESIDE]:
+        part = _revision(name)
+        if serving[name] < len(fleet.replicas):
+            part.append(f" {serving[name]}/{len(fleet.replicas)}", style="bold yellow")
+        parts.append(part)
+    if more := len(fleet.loaded) - len(parts):
+        parts.append(Text(f"and {more} more", style="dim"))
+    return Text("  ").join(parts)
 
 
 def _progress(rollout: RolloutView) -> RenderableType:
@@ -140,7 +179,9 @@ def _progress(rollout: RolloutView) -> RenderableType:
         count.append(f" in {_ms(rollout.converge_ms)}")
     elif not rollout.ended:
         count.append(f", {rollout.staged}/{rollout.total} staged", style="dim")
-    row.add_row(Text(rollout.strategy, style="dim"), _state(rollout), bar, count)
+    row.add_row(
+        Text(f"{rollout.strategy}{_in_flight(rollout)}", style="dim"), _state(rollout), bar, count
+    )
     return row
 
 
@@ -209,6 +250,10 @@ def _revision(revision: str) -> Text:
 
 def _way(rollout: RolloutView) -> Text:
     return Text.assemble(_revision(rollout.previous), " → ", _revision(rollout.target))
+
+
+def _in_flight(rollout: RolloutView) -> str:
+    return f", {rollout.in_flight}" if rollout.in_flight else ""
 
 
 def _state(rollout: RolloutView) -> Text:

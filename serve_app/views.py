@@ -6,6 +6,8 @@ they are, the client and the CLI parse them back. One definition, so no side can
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -19,6 +21,7 @@ class SwapView(View):
     """How long the phases of one swap on one replica took."""
 
     revision: str
+    in_flight: str = Field(default="drain", description="what became of running requests")
     fetch_ms: float = 0.0
     stage_ms: float = 0.0
     drain_ms: float = 0.0
@@ -28,11 +31,29 @@ class SwapView(View):
     image_bytes: int = 0
 
 
+class LaneView(View):
+    """One revision that a replica runs requests on now."""
+
+    revision: str | None = None
+    running: int = 0
+
+
+class StartView(View):
+    """What it took a replica to be ready for a revision."""
+
+    load_s: float
+    warm_up_s: float
+    compiled_regions: int = 0
+    compile_cache: Literal["off", "hit", "miss"] = "off"
+
+
 class ReplicaView(View):
     """One live replica, as it last reported itself."""
 
     id: str
-    revision: str | None = Field(description="what its weights hold, as name@digest8")
+    revision: str | None = Field(description="for requests that name none, as name@digest8")
+    serves: list[str] = Field(default=[], description="that one first, then those beside it")
+    lanes: list[LaneView] = []
     assigned: str = Field(description="what the controller wants it to hold")
     staged: str | None = None
     serving: bool = False
@@ -41,6 +62,7 @@ class ReplicaView(View):
     limit_hits: int = Field(default=0, description="frames that fell back to eager since warm-up")
     failure: str | None = None
     last_swap: SwapView | None = None
+    start: StartView | None = None
     last_seen_s: float = Field(default=0.0, description="seconds since its last report")
     pid: int | None = None
     node: str | None = None
@@ -55,6 +77,7 @@ class RolloutView(View):
     source: str | None = None
     strategy: str
     max_unavailable: int
+    in_flight: str | None = Field(default=None, description="'drain' or 'overlap'")
     state: str
     reason: str | None = None
     total: int = Field(default=0, description="live replicas that the rollout covers")
@@ -80,15 +103,56 @@ class RolloutList(View):
 class FleetView(View):
     """`GET /admin/fleet`: the whole fleet at one moment."""
 
-    ready: bool = Field(description="at least one replica serves")
+    ready: bool = Field(description="at least one replica lets requests in")
     epoch: int
     generation: int
     stable: str
+    loaded: list[str] = Field(default=[], description="served too, for requests that name them")
     rollout: RolloutView | None = None
     replicas: list[ReplicaView] = []
     history: list[str] = Field(default=[], description="stable revisions, newest last")
     journal_uri: str
     warnings: list[str] = []
+
+
+class AdapterView(View):
+    """One adapter that the fleet serves for requests that name it; vLLM's field names."""
+
+    lora_name: str
+    lora_path: str = Field(description="where it came from")
+    revision: str
+    generation: int = Field(description="of the fleet, for the next `expected_generation`")
+    ready: int = Field(default=0, description="replicas that serve it")
+    total: int = Field(default=0, description="live replicas")
+
+
+class AdapterList(View):
+    """`GET /v1/lora_adapters`: in the order in which they were loaded."""
+
+    data: list[AdapterView]
+    generation: int
+
+
+class Body(BaseModel):
+    """What a client sends: whatever is not known is refused, not ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+
+
+class LoadAdapter(Body):
+    """`POST /v1/load_lora_adapter`."""
+
+    lora_name: str
+    lora_path: str = Field(min_length=1)
+    load_inplace: bool = False
+    expected_generation: int | None = None
+
+
+class UnloadAdapter(Body):
+    """`POST /v1/unload_lora_adapter`."""
+
+    lora_name: str
+    expected_generation: int | None = None
 
 
 class ErrorDetail(View):

@@ -26,6 +26,7 @@ class Reported:
     staged: str | None
     serving: bool
     failure: Failure | None
+    beside: tuple[str, ...] = ()
     at: float
 
 
@@ -44,8 +45,30 @@ class AbortRequested:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRequested:
+    """A user asked that every replica serves `revision` too, and `instead_of` no longer.
+
+    `expected_generation`: the decision that the user knew of; another one may have come since.
+    """
+
+    revision: str
+    instead_of: str | None = None
+    expected_generation: int | None = None
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnloadRequested:
+    """A user asked that no replica serves `revision` beside its own any more."""
+
+    revision: str
+    expected_generation: int | None = None
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ticked:
     at: float
 
 
-Event = Asked | Reported | Left | AbortRequested | Ticked
+Event = Asked | Reported | Left | AbortRequested | LoadRequested | UnloadRequested | Ticked

@@ -5,7 +5,8 @@ pure: no ray, no clock, no thread, no random. The controller feeds events in, jo
 state, and only then lets replicas hear of it.
 
 A rollout walks through `TRANSITIONS`. After every event the machine settles: it applies the rule of
-the current state until nothing changes.
+the current state until nothing changes. What is loaded beside the default has no states: replicas
+are told, whatever runs, and no rollout waits for it or ends with it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,21 @@ from dataclasses import replace
 from typing import TypeVar, assert_never
 
 from .assignment import next_wave
-from .events import AbortRequested, Asked, Event, Left, Reported, Ticked
+from .events import (
+    AbortRequested,
+    Asked,
+    Event,
+    Left,
+    LoadRequested,
+    Reported,
+    Ticked,
+    UnloadRequested,
+)
 from .state import (
     TRANSITIONS,
     Desired,
     Fleet,
+    GenerationMismatch,
     IllegalEvent,
     Observed,
     Progress,
@@ -33,7 +44,12 @@ _REMEMBERED = 50  # rollouts and stable revisions: the journal is written whole 
 
 
 def advance(fleet: Fleet, event: Event) -> Fleet:
-    """The next state. Raises `IllegalEvent`, changing nothing, for what cannot happen now."""
+    """The next state.
+
+    Raises, changing nothing:
+        IllegalEvent: it cannot happen now.
+        GenerationMismatch: it was asked for by someone who did not know of the last decision.
+    """
     after = _settle(_apply(fleet, event), at=event.at)
     if after.decision() != fleet.decision():
         after = replace(after, generation=fleet.generation + 1)
@@ -44,11 +60,14 @@ def desired(fleet: Fleet, replica: str) -> Desired:
     """What `replica` shall hold now; a replica nobody knows yet gets stable."""
     rollout = fleet.running
     staging = rollout is not None and rollout.state is not State.ABORTING
+    hold = fleet.assigned.get(replica, fleet.stable)
     return Desired(
         epoch=fleet.epoch,
         generation=fleet.generation,
-        hold=fleet.assigned.get(replica, fleet.stable),
+        hold=hold,
         stage=rollout.target if rollout and staging else None,
+        beside=tuple(name for name in fleet.loaded if name != hold),
+        in_flight=fleet.in_flight,
     )
 
 
@@ -57,7 +76,7 @@ def pending(fleet: Fleet) -> dict[str, Desired]:
     commands = {}
     for replica, observed in fleet.observed.items():
         want = desired(fleet, replica)
-        ready = observed.serves(want.hold)
+        ready = observed.serves(want.hold) and set(observed.beside) == set(want.beside)
         if not ready or (want.stage is not None and not observed.has(want.stage)):
             commands[replica] = want
     return commands
@@ -100,6 +119,7 @@ def _apply(fleet: Fleet, event: Event) -> Fleet:
                 staged=event.staged,
                 serving=event.serving,
                 failure=event.failure,
+                beside=event.beside,
                 seen_at=event.at,
             )
             return replace(
@@ -118,10 +138,26 @@ def _apply(fleet: Fleet, event: Event) -> Fleet:
             if fleet.running is None or fleet.running.state is State.ABORTING:
                 return fleet
             return _to(fleet, State.ABORTING, at=event.at, reason=event.reason)
+        case LoadRequested():
+            _expect(fleet, event.expected_generation)
+            loaded = tuple(name for name in fleet.loaded if name != event.instead_of)
+            if event.revision not in loaded:
+                loaded = (*loaded, event.revision)
+            return replace(fleet, loaded=loaded)
+        case UnloadRequested():
+            _expect(fleet, event.expected_generation)
+            return replace(
+                fleet, loaded=tuple(name for name in fleet.loaded if name != event.revision)
+            )
         case Ticked():
             return fleet
         case _:
             assert_never(event)
+
+
+def _expect(fleet: Fleet, generation: int | None) -> None:
+    if generation is not None and generation != fleet.generation:
+        raise GenerationMismatch(generation, fleet.generation)
 
 
 def _begin(fleet: Fleet, asked: Asked) -> Fleet:

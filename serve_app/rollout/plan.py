@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Strategy = Literal["all_at_once", "rolling"]
+InFlight = Literal["drain", "overlap"]
 
 
 class Plan(BaseModel):
@@ -18,6 +19,10 @@ class Plan(BaseModel):
 
     `all_at_once` commits on every replica as soon as all of them have staged the image. `rolling`
     commits in waves of at most `max_unavailable` replicas.
+
+    `in_flight`: what happens to requests that run when their replica moves, there and back.
+    `drain`: new ones wait until they are done. `overlap`: they finish on the revision that they
+    began with, beside the new ones. None: overlap where the fleet can, else drain.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
@@ -32,6 +37,7 @@ class Plan(BaseModel):
     max_unavailable: Annotated[
         int, Field(ge=1, description="replicas that may be out of service for the swap at once")
     ] = 1
+    in_flight: InFlight | None = None
     progress_deadline_s: Annotated[
         float, Field(gt=0, le=86_400, description="abort when not finished after this many seconds")
     ] = 600.0

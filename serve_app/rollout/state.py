@@ -1,7 +1,8 @@
 """The nouns of a rollout: what is intended, what was observed, how far it is.
 
-Between plan and machine. Half of a `Fleet` is intent (stable, assigned, rollout) and is journaled;
-the other half (observed) is what replicas said last, and is asked for again after a restart.
+Between plan and machine. Half of a `Fleet` is intent (stable, loaded, assigned, rollout) and is
+journaled; the other half (observed) is what replicas said last, and is asked for again after a
+restart.
 Revisions are opaque strings here. Times are seconds since the epoch.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from .plan import Plan
+from .plan import InFlight, Plan
 
 
 class State(StrEnum):
@@ -54,6 +55,19 @@ class IllegalEvent(Exception):
         return f"{self.what} is not possible now: {self.why}"
 
 
+class GenerationMismatch(Exception):
+    """Something was decided since the caller looked at the fleet; nothing has changed."""
+
+    code = "generation_mismatch"
+
+    def __init__(self, expected: int, actual: int) -> None:
+        super().__init__(expected, actual)
+        self.expected, self.actual = expected, actual
+
+    def __str__(self) -> str:
+        return f"generation {self.expected} was expected, and the fleet is at {self.actual}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """A replica could not do what generation `generation` asked of it for `revision`."""
@@ -67,13 +81,15 @@ class Failure:
 class Observed:
     """What a replica said last. `serving`: its revision is committed, verified, and it admits.
 
-    `outdated`: it was sent to another revision after it said that, and may be anywhere by now.
+    `beside`: what it answers with, too, when a request names it. `outdated`: it was sent to another
+    revision after it said that, and may be anywhere by now.
     """
 
     holds: str | None = None
     staged: str | None = None
     serving: bool = False
     failure: Failure | None = None
+    beside: tuple[str, ...] = ()
     outdated: bool = False
     seen_at: float = 0.0
 
@@ -116,11 +132,15 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """The machine's whole state. `rollout` is the running one, or the last one that ran."""
+    """The machine's whole state. `rollout` is the running one, or the last one that ran.
+
+    `loaded`: revisions that every replica serves for requests that name them, oldest first.
+    """
 
     stable: str
     epoch: int = 1
     generation: int = 1
+    loaded: tuple[str, ...] = ()
     assigned: Mapping[str, str] = field(default_factory=dict)
     rollout: Rollout | None = None
     past: tuple[Rollout, ...] = ()
@@ -132,17 +152,30 @@ class Fleet:
     def running(self) -> Rollout | None:
         return None if self.rollout is None or self.rollout.ended else self.rollout
 
+    @property
+    def in_flight(self) -> InFlight:
+        """How a replica gets to what it shall hold: as the last rollout says, there and back."""
+        asked = None if self.rollout is None else self.rollout.plan.in_flight
+        return asked or "drain"  # which every fleet can
+
     def decision(self) -> object:
         """Everything that a replica could see; when it changes, the generation grows."""
         staging = self.running.target if self.running else None
-        return self.stable, self.assigned, staging, self.rollout and self.rollout.state
+        how_far = self.rollout and self.rollout.state
+        return self.stable, self.loaded, self.assigned, self.in_flight, staging, how_far
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Desired:
-    """The whole document for one replica: hold this, and have that one ready beside it."""
+    """The whole document for one replica.
+
+    `hold`: the revision for requests that name none; `in_flight`: how to get there. `beside`: those
+    to serve for requests that name them. `stage`: the one to have ready for a later document.
+    """
 
     epoch: int
     generation: int
     hold: str
     stage: str | None = None
+    beside: tuple[str, ...] = ()
+    in_flight: InFlight = "drain"

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Callable, Generator
 from typing import Any
 
-from hotswap_lib import AdapterImage, CompileGuard, Receipt, Slot, Staged
+from hotswap_lib import AdapterImage, CompileGuard, Revision, Slot, Staged
 from serve_app.admission import Admission
+from serve_app.engine import Cutover
+from serve_app.views import LaneView
 
 NEVER_S = 10.0
 
@@ -35,25 +37,62 @@ class CountingPut:
 
 
 class FakeEngine:
-    """A real slot and a real gate, and nothing that runs. `faults`: what the next swaps raise."""
+    """A real slot and a real gate, and nothing that runs.
+
+    `faults`: what the next cutovers raise. `holding_fails`: name → what holding it beside raises.
+    """
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
         self.admission = Admission()
         self.guard = CompileGuard()
+        self.default = slot.revision
+        self.beside: set[Revision] = set()
         self.faults: list[Exception] = []
+        self.holding_fails: dict[str, Exception] = {}
         self.drained = asyncio.Event()
         self.drained.set()
         self.swaps: list[str] = []
+        self.policies: list[str] = []
+        self.served: list[set[str]] = []  # after each change, by name
 
-    async def swap(self, staged: Staged) -> tuple[Receipt, float, float]:
+    @property
+    def serves(self) -> tuple[Revision, ...]:
+        return self.default, *sorted(self.beside - {self.default}, key=str)
+
+    def lanes(self) -> tuple[LaneView, ...]:
+        return tuple(LaneView(revision=str(revision)) for revision in self.serves)
+
+    async def cut_over(self, staged: Staged, *, in_flight: str) -> Cutover:
+        self.policies.append(in_flight)
+        if in_flight == "overlap":
+            return self._switch(staged)
         async with self.admission.drained(timeout_s=NEVER_S):
             await self.drained.wait()
-            if self.faults:
-                raise self.faults.pop(0)
-            receipt = self.slot.commit(staged)
-            self.swaps.append(str(receipt.revision))
-        return receipt, 0.5, 0.25
+            return self._switch(staged)
+
+    def _switch(self, staged: Staged) -> Cutover:
+        if self.faults:
+            raise self.faults.pop(0)
+        receipt = self.slot.commit(staged)
+        self.default = receipt.revision
+        self.swaps.append(str(receipt.revision))
+        self._changed()
+        return Cutover(receipt=receipt, drain_ms=0.5, verify_ms=0.25)
+
+    async def hold(self, staged: Staged) -> None:
+        if (error := self.holding_fails.get(staged.revision.name)) is not None:
+            raise error
+        self.slot.commit(staged)  # as lanes do: what is in the weights is not what is the default
+        self.beside.add(staged.revision)
+        self._changed()
+
+    def drop(self, revision: Revision) -> None:
+        self.beside.discard(revision)
+        self._changed()
+
+    def _changed(self) -> None:
+        self.served.append({revision.name for revision in self.serves})
 
 
 async def until(condition: Callable[[], bool], what: str = "it never happened") -> None:

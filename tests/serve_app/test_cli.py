@@ -23,13 +23,21 @@ from typer.testing import CliRunner, Result
 
 from serve_app import cli
 from serve_app.client import HotswapClient
-from serve_app.views import FleetView, ReplicaView, RolloutList, RolloutView
+from serve_app.views import (
+    AdapterList,
+    AdapterView,
+    FleetView,
+    ReplicaView,
+    RolloutList,
+    RolloutView,
+)
 
 OLD, NEW = "pirate@3f2a9c1d", "terse@9b1c22aa"
 REFUSALS = {
     "/missing": (400, "adapter_not_found", "no adapter at\n/missing"),
     "/nowhere": (404, "no_such_rollout", "there is no such rollout"),
     "/undo": (409, "nothing_to_undo", "nothing was stable before"),
+    "/taken": (409, "adapter_already_loaded", "bot@1 is loaded as 'bot'"),
 }
 HAPPY = ["pending", "staging", "progressing", "promoting", "succeeded"]
 ENDS = {"succeeded", "aborted", "failed", "superseded"}
@@ -45,14 +53,23 @@ class FakeFleet:
     asked: list[dict[str, Any]] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
     rollout: RolloutView | None = None
+    loaded: dict[str, AdapterView] = field(default_factory=dict)
 
     def answer(self, method: str, path: str, content: bytes) -> tuple[int, dict[str, Any]]:
         match method, path.removeprefix("/admin/").split("/"):
             case "GET", ["fleet"]:
                 return 200, self.fleet().model_dump()
             case "GET", ["rollouts"]:
-                listed = [self.rollout] if self.rollout else []
-                return 200, RolloutList(data=listed).model_dump()
+                ran = [self.rollout] if self.rollout else []
+                return 200, RolloutList(data=ran).model_dump()
+            case "GET", ["", "v1", "lora_adapters"]:
+                listed = AdapterList(data=list(self.loaded.values()), generation=7)
+                return 200, listed.model_dump()
+            case "POST", ["", "v1", "load_lora_adapter"]:
+                return self.load(json.loads(content))
+            case "POST", ["", "v1", "unload_lora_adapter"]:
+                self.asked.append(json.loads(content))
+                return 200, self.loaded.pop(self.asked[-1]["lora_name"]).model_dump()
             case "GET", ["rollouts", "r1"] if self.rollout:
                 return self.look()
             case "POST", ["rollouts"]:
@@ -67,6 +84,21 @@ class FakeFleet:
                     return self.refuse("/undo")
                 return 201, self.enter(self.states.pop(0)).model_dump()
         return self.refuse("/nowhere")
+
+    def load(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        self.asked.append(body)
+        name = body["lora_name"]
+        if name in self.loaded and not body["load_inplace"]:
+            return self.refuse("/taken")
+        self.loaded[name] = AdapterView(
+            lora_name=name,
+            lora_path=body["lora_path"],
+            revision=f"{name}@3f2a9c1d",
+            generation=7,
+            ready=2,
+            total=2,
+        )
+        return 200, self.loaded[name].model_dump()
 
     def look(self) -> tuple[int, dict[str, Any]]:
         if self.outages:
@@ -177,10 +209,48 @@ def test_start_returns_once_accepted_and_says_how_to_watch() -> None:
 def test_start_sends_every_option() -> None:
     fake = FakeFleet()
     options = ["--name", "n", "--strategy", "all_at_once", "--max-unavailable", "3"]
+    options += ["--in-flight", "drain"]
     hotswap(fake, "rollout", "start", "--adapter", "x", *options)
+    asked = {"adapter": "x", "name": "n", "strategy": "all_at_once", "max_unavailable": 3}
+    assert fake.asked == [asked | {"in_flight": "drain"}]
+
+
+def test_adapters_are_loaded_listed_and_unloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bot").mkdir()
+    monkeypatch.chdir(tmp_path)
+    fake = FakeFleet()
+    here = str(tmp_path / "bot")
+    line = f"bot  bot@3f2a9c1d  2/2 serve it  {here}\ngeneration 7\n"
+    loaded = hotswap(fake, "adapters", "load", "bot", "./bot", "--expected-generation", "6")
+    assert (loaded.exit_code, loaded.stdout) == (0, line)
+    assert hotswap(fake, "adapters", "list").stdout == line
+    assert hotswap(fake, "adapters", "load", "bot", "s3://b/bot", "--in-place").exit_code == 0
+    assert hotswap(fake, "adapters", "unload", "bot").exit_code == 0
+    assert hotswap(fake, "adapters", "list").stdout == "no adapters are loaded\ngeneration 7\n"
+    named = {"lora_name": "bot", "lora_path": here, "load_inplace": False}
     assert fake.asked == [
-        {"adapter": "x", "name": "n", "strategy": "all_at_once", "max_unavailable": 3}
+        named | {"expected_generation": 6},
+        {"lora_name": "bot", "lora_path": "s3://b/bot", "load_inplace": True},
+        {"lora_name": "bot"},
     ]
+
+
+def test_a_name_that_is_taken_exits_1() -> None:
+    fake = FakeFleet()
+    hotswap(fake, "adapters", "load", "bot", "x")
+    refused = hotswap(fake, "adapters", "load", "bot", "y")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr == "error: bot@1 is loaded as 'bot' [adapter_already_loaded]\n"
+
+
+@pytest.mark.parametrize("command", ["load other x", "unload bot", "list"])
+def test_what_adapters_shows_is_there_as_json_too(command: str) -> None:
+    fake = FakeFleet()
+    hotswap(fake, "adapters", "load", "bot", "x")
+    document = json.loads(hotswap(fake, "adapters", *command.split(), "--json").stdout)
+    assert document["generation"] == 7
 
 
 def test_a_local_adapter_is_sent_as_an_absolute_path_and_any_other_as_it_is(
@@ -295,6 +365,9 @@ def test_a_refusal_exits_1_with_one_line(args: list[str], line: str) -> None:
         ["rollout", "start"],
         ["rollout", "start", "--adapter", "x", "--strategy", "hope"],
         ["rollout", "start", "--adapter", "x", "--max-unavailable", "0"],
+        ["rollout", "start", "--adapter", "x", "--in-flight", "pause"],
+        ["adapters", "load", "bot"],
+        ["adapters", "unload"],
         ["rollout", "abort", " "],
         ["--url", "localhost:8000", "status"],
         ["--token", "a\nb", "status"],
@@ -343,7 +416,7 @@ def test_a_watched_status_goes_on_until_ctrl_c(as_json: list[str]) -> None:
     assert not as_json or FleetView.model_validate_json(result.stdout) == FakeFleet().fleet()
 
 
-@pytest.mark.parametrize("command", ["", "rollout", "rollout start", "status", "undo", "history"])
+@pytest.mark.parametrize("command", ["", "rollout", "rollout start", "adapters", "status", "undo"])
 def test_every_level_has_help(command: str) -> None:
     result = hotswap(FakeFleet(), *command.split(), "--help")
     assert result.exit_code == 0

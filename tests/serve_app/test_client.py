@@ -11,7 +11,16 @@ import httpx
 import pytest
 
 from serve_app.client import HotswapClient, RequestRefused, ServerUnreachable
-from serve_app.views import ErrorBody, ErrorDetail, FleetView, RolloutList, RolloutView, View
+from serve_app.views import (
+    AdapterList,
+    AdapterView,
+    ErrorBody,
+    ErrorDetail,
+    FleetView,
+    RolloutList,
+    RolloutView,
+    View,
+)
 
 URL = "http://fleet.test:8000"
 FLEET = FleetView(ready=True, epoch=1, generation=4, stable="a@11111111", journal_uri="/j")
@@ -23,6 +32,9 @@ ROLLOUT = RolloutView(
     max_unavailable=1,
     state="progressing",
     created_at=1.0,
+)
+ADAPTER = AdapterView(
+    lora_name="bot", lora_path="/bot", revision="bot@33333333", generation=5, ready=2, total=2
 )
 ENDED = ROLLOUT.model_copy(update={"state": "succeeded", "ended_at": 2.0})
 
@@ -73,11 +85,39 @@ def test_start_sends_the_plan_and_leaves_out_what_was_not_said() -> None:
     server = ScriptedServer(answer(ROLLOUT, 201))
     with client_of(server) as client:
         assert client.start(adapter="org/pirate", strategy="all_at_once") == ROLLOUT
-        client.start(adapter="x", name="n", max_unavailable=2, progress_deadline_s=9.5)
+        client.start(
+            adapter="x", name="n", max_unavailable=2, in_flight="drain", progress_deadline_s=9.5
+        )
     bare, full = (json.loads(request.content) for request in server.asked)
     assert bare == {"adapter": "org/pirate", "strategy": "all_at_once", "max_unavailable": 1}
     named = {"adapter": "x", "name": "n", "strategy": "rolling", "max_unavailable": 2}
-    assert full == named | {"progress_deadline_s": 9.5}
+    assert full == named | {"in_flight": "drain", "progress_deadline_s": 9.5}
+
+
+def test_adapters_are_loaded_listed_and_unloaded_in_vllms_terms() -> None:
+    listed = AdapterList(data=[ADAPTER], generation=5)
+    server = ScriptedServer(answer(ADAPTER), answer(ADAPTER), answer(listed), answer(ADAPTER))
+    with client_of(server) as client:
+        assert client.load_adapter("bot", "/bot") == ADAPTER
+        client.load_adapter("bot", "/bot", load_inplace=True, expected_generation=0)
+        assert client.adapters() == listed
+        assert client.unload_adapter("bot", expected_generation=5) == ADAPTER
+    asked = [(request.method, request.url.path) for request in server.asked]
+    assert asked == [
+        ("POST", "/v1/load_lora_adapter"),
+        ("POST", "/v1/load_lora_adapter"),
+        ("GET", "/v1/lora_adapters"),
+        ("POST", "/v1/unload_lora_adapter"),
+    ]
+    bodies = [json.loads(request.content) for request in server.asked if request.content]
+    named = {"lora_name": "bot", "lora_path": "/bot"}
+    assert bodies == [
+        named | {"load_inplace": False},
+        named | {"load_inplace": True, "expected_generation": 0},
+        {"lora_name": "bot", "expected_generation": 5},
+    ]
+    waits = [request.extensions["timeout"]["read"] for request in server.asked]
+    assert waits == [120.0, 120.0, 30.0, 120.0], "loading ends when every replica has done it"
 
 
 def test_abort_and_undo_are_posts_without_a_body() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -14,13 +15,26 @@ import pytest
 
 from hotswap_lib import BASE, AdapterImage, AdapterRefused, Layout, Revision
 from serve_app.admission import DrainTimeout
-from serve_app.controller import Controller, FleetNotReady, NoSuchRollout, NothingToUndo
+from serve_app.control_lane import ControlLane
+from serve_app.controller import (
+    Controller,
+    FleetNotReady,
+    NoSuchRollout,
+    NothingToUndo,
+    PlanImpossible,
+)
 from serve_app.journal import Entry, Journal, JournalUnreadable
-from serve_app.lane import Lane
 from serve_app.messages import Answer, Report, key
-from serve_app.rollout.state import Desired, Failure
+from serve_app.rollout.machine import desired
+from serve_app.rollout.state import Desired, Failure, GenerationMismatch
 from serve_app.settings import Settings
-from serve_app.views import RolloutView
+from serve_app.tenants import (
+    AdapterAlreadyLoaded,
+    AdapterLoadFailed,
+    AdapterLoadTimeout,
+    AdapterNotLoaded,
+)
+from serve_app.views import AdapterView, RolloutView
 from tests.e2e.tiny_world import TinyWorld
 
 from .conftest import new_slot
@@ -38,9 +52,11 @@ class Hall:
 
     def __init__(self, world: TinyWorld, state: Path, **settings: Any) -> None:
         self.world, self.state = world, state
-        self.settings = Settings.model_validate({"poll_s": 0.2, **settings})
+        # one lane: these fleets drain, and the fake engine says when they have
+        self.settings = Settings.model_validate({"poll_s": 0.2, "lanes": 1, **settings})
+        self.load_timeout_s = 10.0
         self.engines: dict[str, FakeEngine] = {}
-        self.lanes: dict[str, Lane] = {}
+        self.lanes: dict[str, ControlLane] = {}
         self.up = False
 
     # the lanes call whoever is the controller now
@@ -67,7 +83,12 @@ class Hall:
     async def start(self, **changed: Any) -> None:
         self.settings = Settings.model_validate({**self.settings.model_dump(), **changed})
         self.put = CountingPut()
-        self.controller = Controller(self.settings, state_uri=str(self.state), put=self.put)
+        self.controller = Controller(
+            self.settings,
+            state_uri=str(self.state),
+            put=self.put,
+            load_timeout_s=self.load_timeout_s,
+        )
         await self.controller.start()
         self.up = True  # Serve, too, lets nobody in before
 
@@ -85,7 +106,7 @@ class Hall:
         for name in names:
             self.engines[name] = FakeEngine(new_slot(self.world))
             engine: Any = self.engines[name]
-            self.lanes[name] = Lane(engine, self, replica=name)
+            self.lanes[name] = ControlLane(engine, self, replica=name, patience_s=0.5)
         await asyncio.gather(*(self.lanes[name].ready for name in names))
         await self.until_serving(*self.lanes)
 
@@ -104,6 +125,13 @@ class Hall:
     async def roll(self, name: str, **plan: Any) -> RolloutView:
         return await self.controller.start_rollout({"adapter": self.adapter(name), **plan})
 
+    async def load(self, name: str, adapter: str | None = None, **more: Any) -> AdapterView:
+        return await self.controller.load_adapter(name, self.adapter(adapter or name), **more)
+
+    def beside(self) -> list[set[str]]:
+        """Names, by replica."""
+        return [{one.name for one in each.serves[1:]} for each in self.engines.values()]
+
     async def ended(self, rollout: RolloutView) -> RolloutView:
         deadline = time.monotonic() + 15
         while not (now := await self.controller.rollout(rollout.id)).ended:
@@ -112,7 +140,7 @@ class Hall:
         return now
 
     def holds(self) -> set[str]:
-        return {engine.slot.revision.name for engine in self.engines.values()}
+        return {engine.default.name for engine in self.engines.values()}
 
     def journal(self) -> dict[str, Any]:
         document: dict[str, Any] = json.loads((self.state / "journal.json").read_text())
@@ -266,8 +294,8 @@ def test_a_journal_that_is_out_of_reach_for_a_while_does_not_end_deadlines(
             await introduced(hall, layout)
             plan = {"adapter": str(world.adapter("alpha")), "progress_deadline_s": 0.1}
             await hall.controller.start_rollout(plan)  # which nobody ever stages
-            journal = Unreachable(hall.controller._journal, failures=2)
-            hall.controller._journal = journal  # type: ignore[assignment]
+            journal = Unreachable(hall.controller._intent._journal, failures=2)
+            hall.controller._intent._journal = journal  # type: ignore[assignment]
             # what the controller goes by, which it changes once the journal is written
             await until(lambda: bool(getattr(hall.controller._fleet.rollout, "reason", None)))
             assert journal.failures == 0
@@ -288,7 +316,7 @@ def test_the_journal_forgets_where_forgotten_revisions_came_from(
                 await hall.roll(name)
             target = hall.controller._fleet.rollout
             assert target is not None
-            assert set(hall.controller._sources) == {target.target}
+            assert set(hall.controller._intent.sources) == {target.target}
 
     tell(story())
 
@@ -443,7 +471,7 @@ def test_an_abort_during_staging_or_swapping_brings_stable_back(
             hall.engines["r2"].drained.clear()
             running = await hall.roll("beta")
             await until(lambda: not hall.engines["r2"].admission.is_open)
-            assert hall.engines["r1"].slot.revision.name == "beta"
+            assert hall.engines["r1"].default.name == "beta"
             await hall.controller.abort(running.id)
             done = await hall.ended(running)
             assert (done.state, done.reason) == ("aborted", "aborted by request")
@@ -699,7 +727,7 @@ def test_a_user_who_goes_away_in_the_middle_of_a_decision_leaves_no_two_truths(
         async with Hall(world, tmp_path, poll_s=5) as hall:
             await introduced(hall, layout)
             asking = asyncio.create_task(hall.controller.start_rollout({"adapter": "base"}))
-            while not hall.controller._lock.locked():
+            while not hall.controller._intent._lock.locked():
                 await asyncio.sleep(0)
             asking.cancel()  # Serve does this when an HTTP client hangs up
             await asyncio.wait([asking])
@@ -722,3 +750,402 @@ def test_the_fleet_says_that_its_journal_may_not_survive_the_node(
             assert (await hall.controller.fleet()).warnings == []
 
     tell(story())
+
+
+# ---- requests that run --------------------------------------------------------------------------
+
+
+def test_a_rollout_overlaps_where_the_fleet_can_and_drains_elsewhere(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        for lanes, policy in ((1, "drain"), (2, "overlap")):
+            async with Hall(world, tmp_path / policy, lanes=lanes) as hall:
+                await hall.replicas("r1")
+                done = await hall.ended(await hall.roll("alpha"))
+                assert done.in_flight == policy
+                assert hall.engines["r1"].policies[-1] == policy
+
+    tell(story())
+
+
+def test_a_plan_may_say_drain_and_its_undo_drains_as_well(world: TinyWorld, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, lanes=2) as hall:
+            await hall.replicas("r1")
+            await hall.ended(await hall.roll("alpha", in_flight="drain"))
+            done = await hall.ended(await hall.controller.undo())
+            assert (done.state, done.in_flight) == ("succeeded", "drain")
+            assert set(hall.engines["r1"].policies) == {"drain"}
+
+    tell(story())
+
+
+def test_an_abort_goes_back_the_way_it_came(world: TinyWorld, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, lanes=2) as hall:
+            await hall.replicas("r1", "r2")
+            hall.engines["r2"].faults.append(DrainTimeout(2, 0.5))
+            done = await hall.ended(await hall.roll("beta", in_flight="overlap"))
+            assert done.state == "aborted"
+            await until(lambda: hall.holds() == {"base"})
+            assert hall.engines["r1"].policies == ["overlap", "overlap"]
+
+    tell(story())
+
+
+def test_overlap_on_one_lane_is_refused_before_anything_has_changed(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1")
+            with pytest.raises(PlanImpossible, match="needs two lanes") as refused:
+                await hall.roll("alpha", in_flight="overlap")
+            assert refused.value.code == "plan_impossible"
+            assert await hall.controller.rollouts() == []
+
+    tell(story())
+
+
+# ---- adapters beside the default ----------------------------------------------------------------
+
+
+def test_a_loaded_adapter_is_served_by_every_replica_when_the_call_returns(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1", "r2")
+            view = await hall.load("alpha")
+            assert hall.beside() == [{"alpha"}, {"alpha"}]
+            assert (view.lora_name, view.lora_path) == ("alpha", hall.adapter("alpha"))
+            assert (view.revision, view.ready, view.total) == (world.revision("alpha"), 2, 2)
+            assert await hall.controller.adapters() == [view]
+            fleet = await hall.controller.fleet()
+            assert (fleet.generation, fleet.loaded) == (view.generation, [view.revision])
+            assert fleet.replicas[0].serves == [fleet.stable, view.revision]
+            assert hall.holds() == {"base"}
+
+    tell(story())
+
+
+def test_an_unloaded_adapter_is_named_by_no_replica_when_the_call_returns(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1", "r2")
+            loaded = await hall.load("alpha")
+            view = await hall.controller.unload_adapter("alpha")
+            assert hall.beside() == [set(), set()]
+            assert (view.revision, view.ready) == (loaded.revision, 0)
+            assert view.generation > loaded.generation
+            assert await hall.controller.adapters() == []
+            with pytest.raises(AdapterNotLoaded, match="no adapter is loaded as 'alpha'"):
+                await hall.controller.unload_adapter("alpha")
+
+    tell(story())
+
+
+def test_the_same_content_again_changes_nothing_and_another_needs_load_inplace(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1")
+            first = await hall.load("bot", "alpha")
+            assert await hall.load("bot", "alpha") == first
+            assert await hall.load("bot", "alpha", load_inplace=True) == first
+            with pytest.raises(AdapterAlreadyLoaded, match="load_inplace"):
+                await hall.load("bot", "beta")
+            assert await hall.controller.adapters() == [first]
+            second = await hall.load("bot", "beta", load_inplace=True)
+            assert second.generation == first.generation + 1, "one decision"
+            assert await hall.controller.adapters() == [second]
+            assert [str(one) for one in hall.engines["r1"].serves[1:]] == [second.revision]
+
+    tell(story())
+
+
+def test_replacing_an_adapter_leaves_no_moment_without_its_name(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1")
+            await hall.load("bot", "alpha")
+            hall.engines["r1"].served.clear()
+            for name in ("beta", "gamma", "alpha"):
+                await hall.load("bot", name, load_inplace=True)
+            assert all("bot" in names for names in hall.engines["r1"].served)
+
+    tell(story())
+
+
+@pytest.mark.parametrize("name", ["", "base", "a:b", "a@b", "a/b", "a b"])
+def test_a_name_that_no_request_could_use_is_refused(
+    world: TinyWorld, tmp_path: Path, name: str
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1")
+            with pytest.raises(AdapterRefused, match="name"):
+                await hall.load(name, "alpha")
+            assert hall.beside() == [set()]
+
+    tell(story())
+
+
+def test_an_adapter_that_no_replica_could_hold_is_refused_with_nothing_changed(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path / "state") as hall:
+            with pytest.raises(FleetNotReady):
+                await hall.load("alpha")
+            await hall.replicas("r1")
+            journal = hall.journal()
+            with pytest.raises(AdapterRefused):
+                await hall.controller.load_adapter("x", str(tmp_path / "missing"))
+            assert hall.journal() == journal
+
+    tell(story())
+
+
+def test_a_generation_that_has_passed_is_refused_for_loading_and_unloading(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1")
+            seen = (await hall.controller.fleet()).generation
+            loaded = await hall.load("alpha", expected_generation=seen)
+            with pytest.raises(GenerationMismatch) as refused:
+                await hall.load("beta", expected_generation=seen)
+            assert (refused.value.expected, refused.value.actual) == (seen, loaded.generation)
+            with pytest.raises(GenerationMismatch):
+                await hall.controller.unload_adapter("alpha", expected_generation=seen)
+            assert hall.beside() == [{"alpha"}]
+            now = loaded.generation
+            await hall.controller.unload_adapter("alpha", expected_generation=now)
+
+    tell(story())
+
+
+def test_an_adapter_that_one_replica_cannot_serve_is_unloaded_again(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1", "r2")
+            hall.engines["r2"].holding_fails["beta"] = RuntimeError("no memory")
+            with pytest.raises(AdapterLoadFailed, match=r"beta.*: replica r2: no memory"):
+                await hall.load("beta")
+            assert await hall.controller.adapters() == []
+            await until(lambda: hall.beside() == [set(), set()])
+            await hall.until_serving("r1", "r2")
+            hall.engines["r2"].holding_fails.clear()
+            assert (await hall.load("beta")).ready == 2, "an old failure is no reason"
+
+    tell(story())
+
+
+def test_a_replacement_that_fails_brings_back_what_it_replaced(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1", "r2")
+            first = await hall.load("bot", "alpha")
+            hall.engines["r2"].holding_fails["bot"] = RuntimeError("no memory")
+            with pytest.raises(AdapterLoadFailed):
+                await hall.load("bot", "beta", load_inplace=True)
+            hall.engines["r2"].holding_fails.clear()
+            [back] = await hall.controller.adapters()
+            assert (back.revision, back.lora_path) == (first.revision, hall.adapter("alpha"))
+            await until(
+                lambda: all(
+                    [str(one) for one in each.serves[1:]] == [first.revision]
+                    for each in hall.engines.values()
+                )
+            )
+
+    tell(story())
+
+
+def test_an_adapter_that_is_not_served_in_time_is_unloaded_again(
+    world: TinyWorld, layout: Layout, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        hall = Hall(world, tmp_path, poll_s=60)
+        hall.load_timeout_s = 0.1
+        async with hall:
+            await introduced(hall, layout)
+            with pytest.raises(AdapterLoadTimeout) as late:
+                await hall.load("alpha")
+            assert (late.value.replicas, late.value.timeout_s) == (("r1",), 0.1)
+            assert await hall.controller.adapters() == []
+            assert hall.journal()["loaded"] == []
+
+    tell(story())
+
+
+def test_a_report_from_before_the_replica_was_told_something_else_is_not_believed(
+    world: TinyWorld, layout: Layout, tmp_path: Path, images: dict[str, AdapterImage]
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, poll_s=60) as hall:
+            alpha = images["alpha"].revision
+            await introduced(hall, layout)
+            loading = asyncio.create_task(hall.load("alpha"))
+            await until(lambda: bool(hall.controller._fleet.loaded))
+            with_it = desired(hall.controller._fleet, "r1")
+            serves = report(layout, acting_on=with_it, beside=(alpha,))
+            open_report = asyncio.create_task(hall.report(serves))
+            await asyncio.wait_for(loading, 5)
+            unloading = asyncio.create_task(hall.controller.unload_adapter("alpha"))
+            answer = await asyncio.wait_for(open_report, 5)
+            assert answer.desired is not None
+            assert answer.desired.beside == ()
+            # it hears that now and drops alpha, while its last word is that it serves it
+            again = asyncio.create_task(hall.load("alpha"))
+            await until(lambda: bool(hall.controller._fleet.loaded))
+            await asyncio.wait_for(unloading, 5)
+            assert not again.done()
+            without = report(layout, acting_on=answer.desired)
+            answer = await asyncio.wait_for(hall.report(without), 5)
+            assert answer.desired is not None
+            last = report(layout, acting_on=answer.desired, beside=(alpha,))
+            open_report = asyncio.create_task(hall.report(last))
+            assert (await asyncio.wait_for(again, 5)).ready == 1
+            open_report.cancel()
+
+    tell(story())
+
+
+def test_a_late_joiner_serves_what_is_loaded_before_it_is_ready(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1")
+            await hall.load("alpha")
+            await hall.replicas("r2")
+            assert hall.beside() == [{"alpha"}, {"alpha"}]
+
+    tell(story())
+
+
+def test_a_restarted_controller_knows_what_was_loaded_and_from_where(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1")
+            loaded = await hall.load("alpha")
+            await hall.restart()
+            await hall.until_serving("r1")
+            [again] = await hall.controller.adapters()
+            assert (again.revision, again.lora_path) == (loaded.revision, loaded.lora_path)
+            await hall.replicas("r2")
+            assert hall.beside() == [{"alpha"}, {"alpha"}]
+            await hall.restart(adapter=hall.adapter("gamma"))
+            await until(lambda: hall.holds() == {"gamma"})
+            assert hall.beside() == [{"alpha"}, {"alpha"}], "another default is no reason"
+
+    tell(story())
+
+
+def test_a_rollout_goes_on_while_adapters_come_and_go(world: TinyWorld, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1", "r2")
+            hall.engines["r1"].drained.clear()
+            running = await hall.roll("beta")
+            await until(lambda: not hall.engines["r1"].admission.is_open)
+            loading = asyncio.create_task(hall.load("alpha"))
+            await until(lambda: "alpha" in {one.name for one in hall.engines["r2"].beside})
+            hall.engines["r1"].drained.set()
+            assert (await loading).ready == 2
+            assert (await hall.ended(running)).state == "succeeded"
+            assert (hall.holds(), hall.beside()) == ({"beta"}, [{"alpha"}, {"alpha"}])
+
+    tell(story())
+
+
+def test_a_loaded_adapter_that_becomes_the_default_stays_loaded(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1", "r2")
+            await hall.load("alpha")
+            await hall.ended(await hall.roll("alpha"))
+            [view] = await hall.controller.adapters()
+            assert (view.ready, hall.beside()) == (2, [set(), set()])
+            await hall.ended(await hall.roll("beta"))
+            await until(lambda: hall.beside() == [{"alpha"}, {"alpha"}])
+            assert all("alpha" in names for names in hall.engines["r1"].served)
+
+    tell(story())
+
+
+def test_an_adapter_that_cannot_be_packed_any_more_keeps_no_replica_from_its_default(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        import shutil
+
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1")
+            loaded = await hall.load("alpha")
+            shutil.rmtree(tmp_path / "adapters")
+            await hall.restart()
+            await hall.until_serving("r1")
+            await hall.replicas("r2")
+            await hall.until_serving("r1", "r2")
+            assert hall.beside() == [{"alpha"}, set()]
+            reports = hall.controller._lines.reports
+            await until(lambda: bool(reports()["r2"].refused))
+            fleet = await hall.controller.fleet()
+            assert str(fleet.replicas[1].failure).startswith(f"{loaded.revision}: ")
+            [view] = await hall.controller.adapters()
+            assert (view.ready, view.total) == (1, 2)
+            await hall.load("alpha")  # which keeps a copy of it again
+            assert hall.beside() == [{"alpha"}, {"alpha"}]
+
+    tell(story())
+
+
+def test_a_user_who_goes_away_while_an_adapter_fails_leaves_nothing_half_loaded(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1", "r2")
+            hall.engines["r2"].holding_fails["beta"] = RuntimeError("no memory")
+            loading = asyncio.create_task(hall.load("beta"))
+            await until(lambda: bool(hall.controller._fleet.loaded))
+            loading.cancel()
+            await until(lambda: not hall.controller._fleet.loaded)
+            await until(lambda: hall.beside() == [set(), set()])
+
+    tell(story())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AdapterAlreadyLoaded("bot", "bot@1", "bot@2"),
+        AdapterNotLoaded("bot"),
+        AdapterLoadFailed("bot@1", "replica r1: no memory"),
+        AdapterLoadTimeout("bot@1", ("r1", "r2"), 60.0),
+        GenerationMismatch(3, 4),
+        PlanImpossible("no"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_refusal_survives_the_way_through_a_handle(error: Exception) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hotswap_lib import Revision
 from serve_app.fleet_view import fleet_view, rollout_view
 from serve_app.messages import Report, key
 from serve_app.rollout.plan import Plan
 from serve_app.rollout.state import Failure, Fleet, Observed, Progress, Rollout, State
-from serve_app.views import FleetView, SwapView
+from serve_app.views import FleetView, LaneView, StartView, SwapView
 
 OLD, NEW = Revision("old", "1" * 64), Revision("new", "2" * 64)
 RUNNING = Rollout(
@@ -30,10 +32,13 @@ FLEET = Fleet(
         "r1": Observed(holds=key(NEW), serving=True, seen_at=98.5),
     },
 )
+TENANT = Revision("tenant", "3" * 64)
+LANES = (LaneView(revision=str(NEW), running=2), LaneView(revision=str(TENANT), running=1))
+START = StartView(load_s=3.0, warm_up_s=9.0, compiled_regions=4, compile_cache="hit")
 SWAP = SwapView(revision=str(NEW), commit_us=42.0, copies=1, image_bytes=1024)
 
 
-def report(replica: str) -> Report:
+def report(replica: str, *, admits: bool = True) -> Report:
     return Report(
         replica=replica,
         layout="f" * 64,
@@ -48,6 +53,11 @@ def report(replica: str) -> Report:
         last_swap=SWAP,
         pid=77,
         node="node-1",
+        beside=(TENANT,),
+        refused=(Failure(revision=key(OLD), reason="no memory", generation=9),),
+        admits=admits,
+        lanes=LANES,
+        start=START,
     )
 
 
@@ -102,7 +112,9 @@ def test_a_replica_shows_what_its_last_report_said() -> None:
     shown = view(reports={"r1": report("r1")}).replicas[0]
     assert (shown.revision, shown.staged, shown.serving) == (str(NEW), str(OLD), True)
     assert (shown.running, shown.recompiles, shown.limit_hits) == (3, 1, 2)
-    assert (shown.failure, shown.last_swap) == ("no luck", SWAP)
+    assert shown.failure == f"no luck; {OLD}: no memory"
+    assert (shown.last_swap, shown.start) == (SWAP, START)
+    assert (shown.serves, shown.lanes) == ([str(NEW), str(TENANT)], list(LANES))
     assert (shown.pid, shown.node) == (77, "node-1")
 
 
@@ -125,7 +137,16 @@ def test_a_rollout_that_ended_is_no_longer_the_fleets() -> None:
 def test_a_fleet_in_which_nobody_serves_is_not_ready() -> None:
     assert view().ready
     assert not view(Fleet(stable=key(OLD))).ready
-    assert not view(Fleet(stable=key(OLD), observed={"r1": Observed()})).ready
+    moving = Fleet(stable=key(OLD), observed={"r1": Observed()})
+    assert not view(moving).ready
+    assert not view(moving, {"r1": report("r1", admits=False)}).ready
+    assert view(moving, {"r1": report("r1")}).ready, "it lets requests in on what it held before"
+
+
+def test_the_fleet_shows_what_is_loaded_and_a_rollout_its_policy() -> None:
+    assert view(replace(FLEET, loaded=(key(TENANT),))).loaded == [str(TENANT)]
+    plan = Plan(adapter="a", in_flight="overlap")
+    assert rollout_view(FLEET, replace(RUNNING, plan=plan)).in_flight == "overlap"
 
 
 def test_the_view_is_json_that_reads_back() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import shutil
 import uuid
 from pathlib import Path
@@ -20,7 +21,7 @@ from hotswap_lib import (
     RankOverEnvelope,
     load_adapter,
 )
-from serve_app.images import AdapterStore, ImageShelf, RevisionLost
+from serve_app.images import AdapterStore, ImageShelf, ImageUnavailable, RevisionLost
 from tests.e2e.tiny_world import TinyWorld
 
 from .fakes import CountingPut
@@ -208,3 +209,10 @@ def test_what_is_not_needed_leaves_the_shelf_and_can_be_packed_again(
         assert [image.digest for image in put.images] == [put.images[0].digest] * 2
 
     asyncio.run(story())
+
+
+def test_that_an_image_cannot_be_had_survives_pickle() -> None:
+    error = ImageUnavailable("alpha@1", "no space")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == "the image of alpha@1 cannot be had: no space"
+    assert isinstance(again, HotswapError)

@@ -28,6 +28,7 @@ plans = st.builds(
     name=st.none() | names,
     strategy=st.sampled_from(["rolling", "all_at_once"]),
     max_unavailable=st.integers(1, 99),
+    in_flight=st.sampled_from([None, "drain", "overlap"]),
     progress_deadline_s=st.floats(0.001, 86_400),
 )
 rollouts = st.builds(
@@ -52,6 +53,7 @@ fleets = st.builds(
     stable=names,
     epoch=st.integers(1, 2**40),
     generation=st.integers(1, 2**40),
+    loaded=st.lists(names, max_size=4).map(tuple),
     assigned=st.dictionaries(names, names, max_size=4),
     rollout=st.none() | rollouts,
     past=st.lists(rollouts, max_size=3).map(tuple),

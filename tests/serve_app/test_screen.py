@@ -8,6 +8,7 @@ from rich.console import Console, RenderableType
 from serve_app.screen import (
     PALETTE,
     RevisionCell,
+    adapters_screen,
     fleet_screen,
     history_screen,
     revision_style,
@@ -15,7 +16,15 @@ from serve_app.screen import (
     rollouts_screen,
     short_ids,
 )
-from serve_app.views import FleetView, ReplicaView, RolloutList, RolloutView, SwapView
+from serve_app.views import (
+    AdapterList,
+    AdapterView,
+    FleetView,
+    ReplicaView,
+    RolloutList,
+    RolloutView,
+    SwapView,
+)
 
 OLD = "pirate@3f2a9c1d"
 NEW = "terse-json-speaker@9b1c22aa"
@@ -73,6 +82,51 @@ def test_the_header_names_stable_and_the_rollout_and_how_far_it_is() -> None:
     assert f"rollout  r-0007  {OLD} → {NEW}" in text
     assert "rolling  progressing" in text
     assert "1/2 committed, 2/2 staged" in text
+
+
+def test_what_is_loaded_beside_has_a_row_that_names_only_what_is_missing() -> None:
+    assert "beside" not in drawn(fleet_screen(FLEET))
+    one, two = "alpha@11111111", "beta@22222222"
+    replicas = [
+        FLEET.replicas[0].model_copy(update={"serves": [NEW, one, two]}),
+        FLEET.replicas[1].model_copy(update={"serves": [OLD, one]}),
+    ]
+    fleet = FLEET.model_copy(update={"loaded": [one, two], "replicas": replicas})
+    assert f"beside   {one}  {two} 1/2 " in drawn(fleet_screen(fleet), 120)
+
+
+def test_of_many_that_are_loaded_only_some_are_named() -> None:
+    many = [f"bot{number}@{number:08x}" for number in range(30)]
+    fleet = FLEET.model_copy(update={"loaded": many, "replicas": []})
+    text = drawn(fleet_screen(fleet), 400)
+    assert many[7] in text
+    assert many[8] not in text
+    assert "and 22 more" in text
+
+
+def test_loaded_adapters_have_a_line_each_and_the_generation_comes_last() -> None:
+    adapters = [
+        AdapterView(
+            lora_name=name,
+            lora_path=f"/{name}",
+            revision=f"{name}@1",
+            generation=4,
+            ready=1,
+            total=2,
+        )
+        for name in ("a", "longer")
+    ]
+    assert drawn(adapters_screen(AdapterList(data=adapters, generation=4))) == (
+        "a       a@1  1/2 serve it  /a\nlonger  longer@1  1/2 serve it  /longer\ngeneration 4\n"
+    )
+    empty = drawn(adapters_screen(AdapterList(data=[], generation=4)))
+    assert empty == "no adapters are loaded\ngeneration 4\n"
+
+
+def test_a_rollout_says_what_becomes_of_running_requests() -> None:
+    overlap = ROLLOUT.model_copy(update={"in_flight": "overlap"})
+    assert "rolling, overlap  progressing" in drawn(rollout_line(overlap), 200)
+    assert "rolling, overlap  progressing" in drawn(fleet_screen(FLEET, overlap), 80)
 
 
 def test_a_rollout_that_is_given_outranks_the_one_in_the_fleet() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from serve_app.rollout.events import Reported
 from serve_app.rollout.state import Desired, Failure
@@ -13,7 +13,8 @@ class FakeReplica:
     """What is true of one replica, told or not.
 
     `is_open`: it admits requests. It closes for the swap and for nothing else. `lost`: the fleet
-    counted it as gone while it lived, so it may be anywhere until it serves again.
+    counted it as gone while it lived, so it may be anywhere until it serves again. `cannot`: what
+    it fails to serve beside its default.
     """
 
     name: str
@@ -25,6 +26,8 @@ class FakeReplica:
     doc: Desired | None = None
     failure: Failure | None = None
     gave_up: bool = False
+    beside: set[str] = field(default_factory=set)
+    cannot: set[str] = field(default_factory=set)
 
     def hear(self, doc: Desired) -> None:
         """Take a document, unless it is older than the one it acts on."""
@@ -42,12 +45,13 @@ class FakeReplica:
         return None if self.doc.stage in (None, self.holds, self.staged) else self.doc.stage
 
     def work(self) -> None:
-        """One step of: stage, close, commit and open, stage the next."""
+        """One step of: stage, close, commit and open, serve those beside, stage the next."""
         doc = self.doc
         if doc is None or self.gave_up:
             return
         if self.holds == doc.hold:
             self.is_open, self.failure = True, None
+            self.beside = set(doc.beside) - self.cannot
             self.staged = None if doc.stage in (None, doc.hold) else doc.stage
         elif self.staged != doc.hold:
             self.staged = doc.hold
@@ -72,5 +76,6 @@ class FakeReplica:
             staged=self.staged,
             serving=assigned and self.is_open,
             failure=self.failure,
+            beside=tuple(sorted(self.beside - {self.holds})),
             at=at,
         )

@@ -14,14 +14,24 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from serve_app.journal import Entry, Journal
-from serve_app.rollout.events import AbortRequested, Asked, Event, Left, Reported, Ticked
+from serve_app.rollout.events import (
+    AbortRequested,
+    Asked,
+    Event,
+    Left,
+    LoadRequested,
+    Reported,
+    Ticked,
+    UnloadRequested,
+)
 from serve_app.rollout.machine import advance, desired, pending, progress, restored, silent
-from serve_app.rollout.plan import Plan, Strategy
+from serve_app.rollout.plan import InFlight, Plan, Strategy
 from serve_app.rollout.state import (
     TRANSITIONS,
     Desired,
     Failure,
     Fleet,
+    GenerationMismatch,
     IllegalEvent,
     Observed,
     Rollout,
@@ -31,6 +41,7 @@ from serve_app.rollout.state import (
 from .fake_replica import FakeReplica
 
 OLD, NEW, OTHER = "old@1", "new@2", "other@3"
+TENANT = "tenant@4"
 
 
 # ---- small examples -----------------------------------------------------------------------------
@@ -41,6 +52,7 @@ def ask(
     *,
     strategy: Strategy = "rolling",
     max_unavailable: int = 1,
+    in_flight: InFlight | None = None,
     deadline_s: float = 600,
     at: float = 10.0,
 ) -> Asked:
@@ -48,6 +60,7 @@ def ask(
         adapter=target,
         strategy=strategy,
         max_unavailable=max_unavailable,
+        in_flight=in_flight,
         progress_deadline_s=deadline_s,
     )
     return Asked(plan=plan, target=target, at=at)
@@ -60,11 +73,30 @@ def said(
     staged: str | None = None,
     serving: bool = True,
     failure: Failure | None = None,
+    beside: tuple[str, ...] = (),
     at: float = 11.0,
 ) -> Reported:
     return Reported(
-        replica=replica, holds=holds, staged=staged, serving=serving, failure=failure, at=at
+        replica=replica,
+        holds=holds,
+        staged=staged,
+        serving=serving,
+        failure=failure,
+        beside=beside,
+        at=at,
     )
+
+
+def load(
+    revision: str = TENANT, *, instead_of: str | None = None, expected: int | None = None
+) -> LoadRequested:
+    return LoadRequested(
+        revision=revision, instead_of=instead_of, expected_generation=expected, at=12.0
+    )
+
+
+def unload(revision: str = TENANT, *, expected: int | None = None) -> UnloadRequested:
+    return UnloadRequested(revision=revision, expected_generation=expected, at=12.0)
 
 
 def abort(at: float = 12.0) -> AbortRequested:
@@ -92,7 +124,7 @@ def rolled(fleet: Fleet, target: str = NEW) -> Fleet:
     """Every replica does at once what it was told, until nobody is told anything."""
     for _ in range(4 * len(fleet.observed) + 4):
         for replica, want in pending(fleet).items():
-            fleet = advance(fleet, said(replica, want.hold, staged=want.stage))
+            fleet = advance(fleet, said(replica, want.hold, staged=want.stage, beside=want.beside))
     assert pending(fleet) == {}
     assert all(seen.holds == target for seen in fleet.observed.values())
     return fleet
@@ -336,7 +368,8 @@ def test_no_rollout_begins_before_a_replica_has_reported() -> None:
 def test_advance_never_writes_into_the_fleet_that_it_was_given() -> None:
     fleet = staged_everywhere(advance(fleet_of(2), ask()))
     kept = copy.deepcopy(fleet)
-    for event in (ask(OTHER), abort(), said("r1", NEW), Left(replica="r1", at=1), Ticked(at=1e9)):
+    events: list[Event] = [ask(OTHER), abort(), said("r1", NEW), load(), unload()]
+    for event in [*events, Left(replica="r1", at=1), Ticked(at=1e9)]:
         advance(fleet, event)
         assert fleet == kept
 
@@ -401,6 +434,85 @@ def test_what_is_remembered_of_the_past_stays_small() -> None:
     assert len(fleet.history) <= 200 // 2, "the journal writes all of it at every decision"
 
 
+@pytest.mark.parametrize("policy", ["drain", "overlap"])
+def test_a_rollout_says_how_to_get_there_and_its_abort_goes_back_the_same_way(
+    policy: InFlight,
+) -> None:
+    fleet = staged_everywhere(advance(fleet_of(2), ask(in_flight=policy)))
+    assert desired(fleet, "r1").in_flight == policy
+    fleet = after(fleet, said("r1", NEW), abort())
+    assert (desired(fleet, "r2").hold, desired(fleet, "r2").in_flight) == (OLD, policy)
+
+
+def test_another_way_to_the_same_target_is_a_decision() -> None:
+    fleet = advance(fleet_of(2), ask(in_flight="drain"))
+    again = advance(fleet, ask(in_flight="overlap"))
+    assert again.generation > fleet.generation
+    assert desired(again, "r1").in_flight == "overlap"
+
+
+def test_what_is_loaded_is_served_by_everyone_beside_what_they_hold() -> None:
+    fleet = after(fleet_of(2), load(), load(OTHER))
+    for replica in ("r1", "r2", "late"):
+        assert desired(fleet, replica).beside == (TENANT, OTHER)
+    assert set(pending(fleet)) == {"r1", "r2"}
+    fleet = rolled(advance(fleet, unload()), OLD)
+    assert desired(fleet, "r1").beside == (OTHER,)
+
+
+def test_loading_is_one_decision_and_loading_it_again_is_none() -> None:
+    fleet = fleet_of(1)
+    loaded = advance(fleet, load())
+    assert loaded.generation == fleet.generation + 1
+    assert advance(loaded, load()) == loaded
+    assert advance(fleet, unload()) == fleet
+
+
+def test_a_revision_takes_the_place_of_another_in_one_decision() -> None:
+    fleet = advance(fleet_of(1), load())
+    replaced = advance(fleet, load(OTHER, instead_of=TENANT))
+    assert (replaced.loaded, replaced.generation) == ((OTHER,), fleet.generation + 1)
+
+
+@pytest.mark.parametrize("event", [load, unload])
+def test_who_does_not_know_of_the_last_decision_changes_nothing(event: Any) -> None:
+    fleet = advance(fleet_of(1), load(OTHER))
+    with pytest.raises(GenerationMismatch) as refused:
+        advance(fleet, event(expected=fleet.generation - 1))
+    assert str(refused.value) == (
+        f"generation {fleet.generation - 1} was expected, and the fleet is at {fleet.generation}"
+    )
+    advance(fleet, event(expected=fleet.generation))
+
+
+def test_what_a_replica_holds_is_never_beside_it_as_well() -> None:
+    fleet = staged_everywhere(after(fleet_of(2), load(NEW), load(), ask(NEW)))
+    assert desired(fleet, "r1").hold == NEW
+    assert desired(fleet, "r1").beside == (TENANT,)
+    assert desired(fleet, "r2").beside == (NEW, TENANT)
+    fleet = rolled(fleet)
+    assert fleet.loaded == (NEW, TENANT), "it was loaded, and it still is"
+    assert desired(rolled(advance(fleet, ask(OTHER)), OTHER), "r1").beside == (NEW, TENANT)
+
+
+def test_a_rollout_does_not_wait_for_what_is_loaded() -> None:
+    fleet = after(fleet_of(1), load(), ask(), said("r1", staged=NEW), said("r1", NEW))
+    assert state_of(fleet) is State.SUCCEEDED
+    assert set(pending(fleet)) == {"r1"}
+
+
+def test_loading_in_the_middle_of_a_rollout_moves_nobody() -> None:
+    fleet = staged_everywhere(advance(fleet_of(3), ask()))
+    for event in (load(), load(NEW), unload()):
+        after_it = advance(fleet, event)
+        assert (after_it.assigned, after_it.rollout) == (fleet.assigned, fleet.rollout)
+
+
+def test_a_restart_keeps_what_was_loaded() -> None:
+    fleet = after(fleet_of(2), load(), load(OTHER))
+    assert restored(fleet, at=99.0).loaded == (TENANT, OTHER)
+
+
 def test_every_state_has_a_row_and_every_row_leads_to_states() -> None:
     assert set(TRANSITIONS) == set(State)
     ends = {state for state, successors in TRANSITIONS.items() if not successors}
@@ -410,6 +522,7 @@ def test_every_state_has_a_row_and_every_row_leads_to_states() -> None:
 # ---- a fleet gone wild --------------------------------------------------------------------------
 
 TARGETS = [NEW, OTHER, OLD]
+TENANTS = [TENANT, NEW, OLD, "more@5"]
 some_replica = st.integers(0, 6)
 
 
@@ -430,6 +543,7 @@ class WildFleet(RuleBasedStateMachine):
         self.now = 100.0
         self.fleet = Fleet(stable=OLD, history=(OLD,))
         self.replicas: dict[str, FakeReplica] = {}
+        self.loaded: list[str] = []
         self.mail: list[tuple[Reported, Desired | None]] = []
         self.journal = Journal(f"memory://wild-fleet/{uuid.uuid4().hex}")
 
@@ -482,6 +596,41 @@ class WildFleet(RuleBasedStateMachine):
         if replica and replica.job is not None:
             replica.fail()
 
+    @rule(which=some_replica, revision=st.sampled_from(TENANTS))
+    def a_replica_cannot_serve_one_beside(self, which: int, revision: str) -> None:
+        if replica := self.pick(which):
+            replica.cannot.add(revision)
+
+    @rule(
+        revision=st.sampled_from(TENANTS),
+        instead_of=st.none() | st.sampled_from(TENANTS),
+        late=st.booleans(),
+    )
+    def a_user_loads(self, revision: str, instead_of: str | None, late: bool) -> None:
+        event = load(revision, instead_of=None if instead_of == revision else instead_of)
+        self.a_user_changes_tenants(event, late=late)
+
+    @rule(revision=st.sampled_from(TENANTS), late=st.booleans())
+    def a_user_unloads(self, revision: str, late: bool) -> None:
+        self.a_user_changes_tenants(unload(revision), late=late)
+
+    def a_user_changes_tenants(self, event: LoadRequested | UnloadRequested, *, late: bool) -> None:
+        before = self.fleet
+        event = replace(event, at=self.now, expected_generation=before.generation - late)
+        if late:
+            with pytest.raises(GenerationMismatch):
+                advance(before, event)
+            return
+        gone = event.revision if isinstance(event, UnloadRequested) else event.instead_of
+        self.loaded = [name for name in self.loaded if name != gone]
+        if isinstance(event, LoadRequested) and event.revision not in self.loaded:
+            self.loaded.append(event.revision)
+        otherwise = advance(before, Ticked(at=self.now))
+        self.feed(event)
+        now = self.fleet
+        otherwise = replace(otherwise, loaded=now.loaded, generation=now.generation)
+        assert now == otherwise, "it moved somebody, or ended something"
+
     @rule(which=some_replica)
     def a_report_is_under_way_for_long(self, which: int) -> None:
         if replica := self.pick(which):
@@ -515,15 +664,22 @@ class WildFleet(RuleBasedStateMachine):
         revision=st.sampled_from(TARGETS),
         strategy=st.sampled_from(["rolling", "rolling", "all_at_once"]),
         max_unavailable=st.integers(1, 3),
+        in_flight=st.sampled_from(["drain", "overlap", None]),
         deadline_s=st.sampled_from([5.0, 1000.0]),
     )
     def a_user_asks(
-        self, revision: str, strategy: Strategy, max_unavailable: int, deadline_s: float
+        self,
+        revision: str,
+        strategy: Strategy,
+        max_unavailable: int,
+        in_flight: InFlight | None,
+        deadline_s: float,
     ) -> None:
         asked = ask(
             revision,
             strategy=strategy,
             max_unavailable=max_unavailable,
+            in_flight=in_flight,
             deadline_s=deadline_s,
             at=self.now,
         )
@@ -557,10 +713,14 @@ class WildFleet(RuleBasedStateMachine):
         again = restored(entry.fleet, at=self.now)
         assert (again.epoch, again.generation) > (self.fleet.epoch, self.fleet.generation)
         assert (again.rollout, again.stable) == (self.fleet.rollout, self.fleet.stable)
+        assert again.loaded == self.fleet.loaded
         self.fleet = again
 
     def everything_calms_down(self) -> None:
-        """Liveness: nothing fails any more, so the fleet gets to where it shall be."""
+        """Liveness: nothing fails any more, so the fleet gets to where it shall be.
+
+        What cannot be served beside keeps nobody from it; that comes last.
+        """
         self.mail.clear()
         if not self.living():
             self.a_replica_joins()  # Serve starts another
@@ -572,12 +732,18 @@ class WildFleet(RuleBasedStateMachine):
             for replica in self.living():
                 self.obey(replica)
             self.feed(Ticked(at=self.now))
-            if self.fleet.running is None and not pending(self.fleet):
+            if self.fleet.running is None and all(
+                each.holds == self.fleet.stable and each.is_open for each in self.living()
+            ):
                 break
         assert self.fleet.running is None
+        for replica in self.living():
+            replica.cannot.clear()
+            self.obey(replica)
         assert pending(self.fleet) == {}
         assert {replica.name for replica in self.living()} == set(self.fleet.observed)
         assert all(r.holds == self.fleet.stable and r.is_open for r in self.living())
+        assert all({r.holds, *r.beside} >= set(self.loaded) for r in self.living())
 
     def teardown(self) -> None:
         self.everything_calms_down()
@@ -592,6 +758,14 @@ class WildFleet(RuleBasedStateMachine):
         assert set(fleet.assigned.values()) <= known
         if fleet.running is not None and fleet.running.state is State.ABORTING:
             assert {desired(fleet, r).stage for r in fleet.assigned} <= {None}
+
+    @invariant()
+    def what_is_loaded_is_served_by_all_of_them(self) -> None:
+        assert list(self.fleet.loaded) == self.loaded
+        for name in [*self.fleet.assigned, "a late joiner"]:
+            want = desired(self.fleet, name)
+            assert want.hold not in want.beside
+            assert list(want.beside) == [one for one in self.loaded if one != want.hold]
 
     @invariant()
     def the_way_back_is_the_stable_revision(self) -> None:
@@ -609,6 +783,7 @@ class WildFleet(RuleBasedStateMachine):
             assert sent == before.stable or event.serving, "a late joiner gets stable"
         self.check_service(before)
         self.check_abort(before)
+        self.check_why(event, before)
         for replica in self.replicas.values():
             if replica.is_open and desired(self.fleet, replica.name).hold == replica.holds:
                 replica.lost = replica.lost and replica.name not in self.fleet.observed
@@ -645,6 +820,21 @@ class WildFleet(RuleBasedStateMachine):
         if same and running and running.state is State.ABORTING and same is not State.SUPERSEDED:
             for name, revision in self.fleet.assigned.items():
                 assert revision in (self.fleet.stable, before.assigned.get(name))
+
+    def check_why(self, event: Event, before: Fleet) -> None:
+        """A rollout goes back for its own target, its deadline or a user, and nothing else."""
+        running = before.running
+        if running is None or running.state is State.ABORTING:
+            return
+        now = self.rollouts(self.fleet)[running.id]
+        if now.state not in (State.ABORTING, State.ABORTED):
+            return
+        failures = [seen.failure for seen in self.fleet.observed.values() if seen.failure]
+        assert (
+            isinstance(event, AbortRequested)
+            or event.at >= running.deadline_at
+            or any(failure.revision == running.target for failure in failures)
+        )
 
     def check_service(self, before: Fleet) -> None:
         """Whoever is taken out of service for a rolling swap leaves enough others behind."""

@@ -11,7 +11,7 @@ from serve_app.rollout.plan import Plan
 def test_an_adapter_alone_is_a_rolling_plan_of_one_replica_at_a_time() -> None:
     plan = Plan(adapter="org/pirate")
     assert (plan.strategy, plan.max_unavailable, plan.progress_deadline_s) == ("rolling", 1, 600.0)
-    assert plan.name is None
+    assert (plan.name, plan.in_flight) == (None, None)
 
 
 def test_spaces_around_the_adapter_are_not_part_of_it() -> None:
@@ -24,6 +24,7 @@ def test_spaces_around_the_adapter_are_not_part_of_it() -> None:
         ("adapter", ""),
         ("adapter", "   "),
         ("strategy", "canary"),
+        ("in_flight", "pause"),
         ("max_unavailable", 0),
         ("max_unavailable", 1.5),
         ("progress_deadline_s", 0),

@@ -12,14 +12,18 @@ from ray.exceptions import ObjectLostError
 
 from hotswap_lib import BASE, AdapterImage, Layout
 from serve_app.admission import DrainTimeout
+from serve_app.control_lane import ControlLane
 from serve_app.images import RevisionLost
-from serve_app.lane import Lane
 from serve_app.messages import Answer, Report, key
+from serve_app.rollout.plan import InFlight
 from serve_app.rollout.state import Desired
+from serve_app.views import StartView
 from tests.e2e.tiny_world import TinyWorld
 
 from .conftest import new_slot
 from .fakes import FakeEngine, FakeRef, settled, until
+
+START = StartView(load_s=1.5, warm_up_s=2.5, compiled_regions=3, compile_cache="hit")
 
 
 class ScriptedController:
@@ -65,7 +69,7 @@ class Stage:
         self.engine = FakeEngine(new_slot(world))
         self.controller = ScriptedController()
         engine: Any = self.engine
-        self.lane = Lane(engine, self.controller, replica="r1")
+        self.lane = ControlLane(engine, self.controller, replica="r1", start=START, patience_s=0.2)
 
     def key(self, name: str) -> str:
         return key(BASE) if name == "base" else key(self.images[name].revision)
@@ -77,6 +81,8 @@ class Stage:
         *,
         generation: int,
         epoch: int = 1,
+        beside: tuple[str, ...] = (),
+        in_flight: InFlight = "drain",
         **images: Any,
     ) -> Desired:
         """Say that the replica shall hold this and stage that; images may be replaced by others."""
@@ -85,9 +91,11 @@ class Stage:
             generation=generation,
             hold=self.key(hold),
             stage=None if stage is None else self.key(stage),
+            beside=tuple(map(self.key, beside)),
+            in_flight=in_flight,
         )
         answer = Answer(desired=desired)
-        for name in {hold, stage} - {None, "base"}:
+        for name in {hold, stage, *beside} - {None, "base"}:
             assert name is not None
             given = images.get(name, FakeRef(self.images[name]))
             if isinstance(given, RevisionLost):
@@ -104,6 +112,23 @@ class Stage:
         await until(
             lambda: self.reported(lambda r: key(r.holds) == self.key(name) and r.serving),
             f"it never served {name}",
+        )
+
+    async def until_beside(self, *names: str) -> None:
+        await until(
+            lambda: self.reported(lambda r: {one.name for one in r.beside} == set(names)),
+            f"it never served {names} beside its default",
+        )
+
+    async def until_refused(self, name: str, *, generation: int = 0) -> None:
+        await until(
+            lambda: self.reported(
+                lambda r: any(
+                    one.revision == self.key(name) and one.generation >= generation
+                    for one in r.refused
+                )
+            ),
+            f"{name} was never refused",
         )
 
     async def until_failed(self) -> None:
@@ -150,7 +175,7 @@ def test_a_replica_is_ready_once_its_first_revision_is_live(stage: Open) -> None
             assert not one.engine.admission.is_open
             one.want("alpha", generation=3)
             await one.lane.ready
-            assert key(one.engine.slot.revision) == one.key("alpha")
+            assert key(one.engine.default) == one.key("alpha")
             assert one.engine.admission.is_open
             await one.until_holding("alpha")
 
@@ -425,5 +450,205 @@ def test_a_replica_that_closes_says_goodbye_and_leaves_no_task(stage: Open) -> N
         assert one.controller.left == ["r1"]
         await settled()
         assert asyncio.all_tasks() == before
+
+    asyncio.run(story())
+
+
+# ---- revisions beside the default --------------------------------------------------------------
+
+
+def test_what_shall_be_served_beside_is_and_what_shall_not_is_dropped(stage: Open) -> None:
+    async def story() -> None:
+        async with stage() as one:
+            one.want("alpha", generation=1, beside=("beta", "gamma"))
+            await one.until_beside("beta", "gamma")
+            assert one.controller.last.serving
+            assert key(one.controller.last.holds) == one.key("alpha")
+            assert {lane.revision for lane in one.controller.last.lanes} == {
+                str(revision) for revision in one.controller.last.serves
+            }
+            one.want("alpha", generation=2, beside=("gamma",))
+            await one.until_beside("gamma")
+            one.want("alpha", generation=3)
+            await one.until_beside()
+
+    asyncio.run(story())
+
+
+def test_a_replica_is_ready_when_those_beside_have_been_tried_and_serves_before(
+    stage: Open,
+) -> None:
+    async def story() -> None:
+        async with stage() as one:
+            late = never()
+            one.want("alpha", generation=1, beside=("beta", "gamma"), beta=late)
+            await one.until_holding("alpha")
+            assert not one.lane.ready.done()
+            late.set_result(one.images["beta"])
+            await one.lane.ready
+            assert one.engine.served[-1] == {"alpha", "beta", "gamma"}
+
+    asyncio.run(story())
+
+
+def test_one_that_cannot_be_served_beside_is_told_and_disturbs_nobody(stage: Open) -> None:
+    async def story() -> None:
+        async with stage() as one:
+            one.engine.holding_fails["beta"] = RuntimeError("CUDA out of memory")
+            one.want("alpha", generation=4, beside=("beta", "gamma"))
+            await one.lane.ready
+            await one.until_refused("beta")
+            [refused] = one.controller.last.refused
+            assert (refused.reason, refused.generation) == ("CUDA out of memory", 4)
+            assert one.controller.last.failure is None
+            assert one.controller.last.serving
+            await one.until_beside("gamma")
+
+    asyncio.run(story())
+
+
+def test_an_image_beside_that_does_not_come_keeps_nothing_else_waiting(stage: Open) -> None:
+    async def story() -> None:
+        async with stage() as one:
+            stuck = never()
+            one.want("alpha", "beta", generation=1, beside=("gamma",), gamma=stuck)
+            await one.until_refused("gamma")
+            [refused] = one.controller.last.refused
+            assert refused.reason == "its image did not come within 0.2 s"
+            await until(lambda: one.reported(lambda r: r.staged is not None))
+            assert one.lane.ready.done()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("why", [RevisionLost("beta@1", "/there"), lost])
+def test_one_whose_image_is_not_to_be_had_is_tried_again_with_the_next_document(
+    stage: Open, why: Any
+) -> None:
+    async def story() -> None:
+        async with stage() as one:
+            gone = why if isinstance(why, Exception) else why()
+            one.want("alpha", generation=1, beside=("beta",), beta=gone)
+            await one.until_refused("beta")
+            assert one.controller.last.acting_on is not None, "the default goes on"
+            one.want("alpha", generation=1, beside=("beta",))  # the controller says it once more
+            await one.until_beside("beta")
+            await until(lambda: one.controller.last.refused == ())
+
+    asyncio.run(story())
+
+
+def test_what_is_wanted_no_more_is_no_failure_any_more(stage: Open) -> None:
+    async def story() -> None:
+        async with stage() as one:
+            one.want("alpha", generation=1, beside=("beta",), beta=RevisionLost("beta@1", "/x"))
+            await one.until_refused("beta")
+            one.want("alpha", generation=2)
+            await until(lambda: one.controller.last.refused == ())
+
+    asyncio.run(story())
+
+
+def test_one_that_becomes_the_default_and_goes_back_is_served_all_the_time(stage: Open) -> None:
+    async def story() -> None:
+        async with stage() as one:
+            one.want("base", generation=1, beside=("alpha",))
+            await one.until_beside("alpha")
+            one.want("alpha", "alpha", generation=2)
+            await one.until_holding("alpha")
+            one.want("beta", "beta", generation=3, beside=("alpha",), alpha=never())
+            await one.until_holding("beta")
+            await one.until_beside("alpha")
+            assert all("alpha" in names for names in one.engine.served)
+
+    asyncio.run(story())
+
+
+def test_one_loaded_while_it_is_the_default_stays_when_the_default_moves_on(stage: Open) -> None:
+    async def story() -> None:
+        async with stage() as one:
+            one.want("alpha", generation=1)
+            await one.until_holding("alpha")
+            # the copy that is live is the copy that stays: nothing is sent for
+            one.want("beta", generation=2, beside=("alpha",), alpha=never())
+            await one.until_holding("beta")
+            assert all("alpha" in names for names in one.engine.served)
+
+    asyncio.run(story())
+
+
+def test_a_document_with_other_tenants_does_not_start_a_drain_over(stage: Open) -> None:
+    async def story() -> None:
+        async with stage() as one:
+            one.want("alpha", generation=1)
+            await one.until_holding("alpha")
+            one.engine.drained.clear()
+            one.want("beta", generation=2)
+            await until(lambda: not one.engine.admission.is_open)
+            want = one.want("beta", generation=3, beside=("gamma",))
+            await until(lambda: one.reported(lambda r: r.acting_on == want))
+            assert not one.engine.admission.is_open
+            one.engine.drained.set()
+            await one.until_beside("gamma")
+            assert key(one.controller.last.holds) == one.key("beta")
+            assert one.engine.policies == ["drain", "drain"]
+
+    asyncio.run(story())
+
+
+def test_an_image_on_its_way_is_not_sent_for_again_because_something_else_changed(
+    stage: Open,
+) -> None:
+    async def story() -> None:
+        async with stage() as one:
+            slow = never()
+            one.want("alpha", "beta", generation=1, beta=slow)
+            await one.until_holding("alpha")
+            one.want("alpha", "beta", generation=2, beside=("gamma",), beta=slow)
+            await one.until_beside("gamma")
+            assert not slow.cancelled()
+            slow.set_result(one.images["beta"])
+            await until(lambda: one.reported(lambda r: r.staged is not None))
+
+    asyncio.run(story())
+
+
+# ---- requests that run -------------------------------------------------------------------------
+
+
+def test_the_document_says_what_becomes_of_running_requests(stage: Open) -> None:
+    async def story() -> None:
+        async with stage() as one:
+            one.want("alpha", generation=1)
+            await one.until_holding("alpha")
+            one.engine.drained.clear()  # they run on, and nobody waits for them
+            one.want("beta", generation=2, in_flight="overlap")
+            await one.until_holding("beta")
+            assert one.engine.policies == ["drain", "overlap"]
+            assert one.controller.last.last_swap.in_flight == "overlap"
+            assert one.controller.last.admits
+
+    asyncio.run(story())
+
+
+def test_overlap_ends_a_drain_to_the_same_revision(stage: Open) -> None:
+    async def story() -> None:
+        async with stage() as one:
+            one.want("alpha", generation=1)
+            await one.until_holding("alpha")
+            one.engine.drained.clear()
+            one.want("beta", generation=2)
+            await until(lambda: not one.engine.admission.is_open)
+            one.want("beta", generation=3, in_flight="overlap")
+            await one.until_holding("beta")
+
+    asyncio.run(story())
+
+
+def test_how_the_replica_started_is_in_every_report(stage: Open) -> None:
+    async def story() -> None:
+        async with stage() as one:
+            await until(lambda: len(one.controller.reports) == 1)
+            assert one.controller.last.start == START
 
     asyncio.run(story())

@@ -1,6 +1,6 @@
-"""The engine over a tiny Llama: exact answers, exact revisions, and what it needs of transformers.
+"""Generation over a tiny Llama: exact answers, exact revisions, and what it needs of transformers.
 
-Whatever is private in transformers and used by serve_app/engine.py has a test here that fails with
+Whatever is private in transformers and used by serve_app/causal.py has a test here that fails with
 a sentence when it changes.
 """
 
@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
-from hotswap_lib import AdapterImage, Envelope, Slot, pack, prepare
+from hotswap_lib import AdapterImage, Envelope, Revision, Slot, pack, prepare
 from serve_app.admission import DrainTimeout
-from serve_app.engine import Engine, EngineStopped, GenerationFailed, Step
+from serve_app.causal import CausalEngine, _Manager
+from serve_app.engine import EngineStopped, GenerationFailed, InFlight, Step
+from serve_app.sampling import Sampling, TokenLogprobs
 from serve_app.settings import Settings
 from tests.e2e.tiny_world import TinyWorld
 from tests.hotswap_lib.families import randomize
@@ -30,9 +32,19 @@ from .conftest import new_slot
 from .fakes import until
 
 T = TypeVar("T")
+GREEDY = Sampling(temperature=0.0)
 PAGE = 32
 SHORT = [3, 1, 4, 1, 5]
 LONG = [(7 * i) % 250 for i in range(4 * PAGE + 5)]  # four whole pages, and a bit
+
+
+class Said(NamedTuple):
+    """A step, and the revision that its request runs on."""
+
+    revision: str
+    token_ids: list[int]
+    finished: bool
+    logprobs: Sequence[TokenLogprobs]
 
 
 class Running:
@@ -42,7 +54,7 @@ class Running:
         self,
         world: TinyWorld,
         images: dict[str, AdapterImage],
-        kind: type[Engine] = Engine,
+        kind: type[CausalEngine] = CausalEngine,
         slot: Slot | None = None,
         **settings: Any,
     ) -> None:
@@ -64,32 +76,54 @@ class Running:
         self.engine.stop()
         self._runner.close()
 
-    async def swap(self, name: str) -> str:
-        """Make this adapter live; returns its revision."""
-        await self.engine.swap(self.slot.stage(self.images[name]))
-        return str(self.slot.revision)
+    async def swap(self, name: str, in_flight: InFlight = "drain") -> str:
+        """Make this adapter the default; returns its revision."""
+        await self.engine.cut_over(self.slot.stage(self.images[name]), in_flight=in_flight)
+        return str(self.engine.default)
 
-    def steps(
-        self, ids: list[int], tokens: int, *, stream: bool = False, temperature: float = 0.0
-    ) -> aclosing[Any]:
-        return aclosing(
-            self.engine.generate(ids, max_tokens=tokens, temperature=temperature, stream=stream)
-        )
+    async def hold(self, name: str) -> str:
+        """Serve this adapter beside the default; returns its revision."""
+        await self.engine.hold(self.slot.stage(self.images[name]))
+        return self.world.revision(name)
 
-    async def answer(self, ids: list[int], tokens: int = 12) -> Step:
-        async with self.steps(ids, tokens) as steps:
-            answers: list[Step] = [step async for step in steps]
+    @asynccontextmanager
+    async def steps(
+        self,
+        ids: list[int],
+        tokens: int,
+        *,
+        pin: str | None = None,
+        stream: bool = False,
+        sampling: Sampling = GREEDY,
+    ) -> AsyncIterator[AsyncIterator[Said]]:
+        """The steps of one request, each with the revision that the request runs on."""
+
+        async def said(revision: str, steps: AsyncIterator[Step]) -> AsyncIterator[Said]:
+            async for step in steps:
+                yield Said(revision, step.token_ids, step.finished, step.logprobs)
+
+        async with self.engine.admit(pin) as ticket:
+            generation = ticket.generate(ids, max_tokens=tokens, sampling=sampling, stream=stream)
+            async with aclosing(generation) as steps:
+                yield said(str(ticket.revision), steps)
+
+    async def answer(self, ids: list[int], tokens: int = 12, **how: Any) -> Said:
+        async with self.steps(ids, tokens, **how) as steps:
+            answers = [step async for step in steps]
         [step] = answers
         assert step.finished
         return step
 
-    def is_exact(self, step: Step, ids: list[int], tokens: int = 12) -> bool:
+    def is_exact(self, step: Said, ids: list[int], tokens: int = 12) -> bool:
         """Whether the answer is what a plain PeftModel with the named revision generates."""
         return step.token_ids == self.world.expected(step.revision, ids, tokens)
 
 
 def started(
-    world: TinyWorld, images: dict[str, AdapterImage], kind: type[Engine] = Engine, **settings: Any
+    world: TinyWorld,
+    images: dict[str, AdapterImage],
+    kind: type[CausalEngine] = CausalEngine,
+    **settings: Any,
 ) -> Iterator[Running]:
     running = Running(world, images, kind, **settings)
     running.engine.admission.open()
@@ -209,9 +243,9 @@ def test_a_greedy_request_beside_sampled_ones_is_still_exact(eager: Running) -> 
     async def story() -> None:
         await eager.swap("alpha")
 
-        async def sampled() -> Step:
-            async with eager.steps(SHORT, 12, temperature=1.5) as steps:
-                found: list[Step] = [step async for step in steps]
+        async def sampled() -> Said:
+            async with eager.steps(SHORT, 12, sampling=Sampling(temperature=1.5)) as steps:
+                found = [step async for step in steps]
             return found[-1]
 
         greedy, *others = await asyncio.gather(eager.answer(SHORT), *(sampled() for _ in range(5)))
@@ -265,7 +299,7 @@ def test_a_request_that_runs_when_the_swap_begins_finishes_on_the_old_revision(
 def test_many_swaps_under_load_leave_no_answer_on_two_revisions(eager: Running) -> None:
     async def story() -> None:
         done = asyncio.Event()
-        steps: list[tuple[Step, list[int], int]] = []
+        steps: list[tuple[Said, list[int], int]] = []
 
         async def client(number: int) -> None:
             while not done.is_set():
@@ -287,12 +321,12 @@ def test_many_swaps_under_load_leave_no_answer_on_two_revisions(eager: Running) 
 
 def test_a_drain_that_takes_too_long_keeps_the_old_revision_serving(fresh: Running) -> None:
     async def story() -> None:
-        old = str(fresh.slot.revision)
+        old = str(fresh.engine.default)
         async with fresh.steps(SHORT, 400, stream=True) as steps:
             await anext(steps)
             with pytest.raises(DrainTimeout, match="1 requests were still running"):
                 await fresh.swap("alpha")
-            assert str(fresh.slot.revision) == old
+            assert str(fresh.engine.default) == old
             assert fresh.engine.admission.is_open
             step = await fresh.answer(SHORT)
             assert (step.revision, fresh.is_exact(step, SHORT)) == (old, True)
@@ -306,10 +340,14 @@ def test_a_swap_says_what_it_did(eager: Running) -> None:
     async def story() -> None:
         await eager.swap("alpha")
         staged = eager.slot.stage(eager.images["beta"])
-        receipt, drain_ms, verify_ms = await eager.engine.swap(staged)
-        assert str(receipt.revision) == eager.world.revision("beta")
-        assert str(receipt.previous) == eager.world.revision("alpha")
-        assert (receipt.copies, drain_ms >= 0, verify_ms > 0) == (1, True, True)
+        cutover = await eager.engine.cut_over(staged, in_flight="drain")
+        assert str(cutover.receipt.revision) == eager.world.revision("beta")
+        assert str(cutover.receipt.previous) == eager.world.revision("alpha")
+        assert (cutover.receipt.copies, cutover.drain_ms >= 0, cutover.verify_ms > 0) == (
+            1,
+            True,
+            True,
+        )
         eager.slot.verify()
 
     eager(story())
@@ -324,7 +362,7 @@ def test_a_swap_that_is_cancelled_while_it_drains_changes_nothing(eager: Running
             await until(lambda: not eager.engine.admission.is_open)
             swapping.cancel()
             await asyncio.wait([swapping])
-        assert (str(eager.slot.revision), eager.engine.admission.is_open) == (old, True)
+        assert (str(eager.engine.default), eager.engine.admission.is_open) == (old, True)
         await until(lambda: eager.engine.admission.running == 0)
 
     eager(story())
@@ -396,14 +434,14 @@ def test_an_engine_whose_thread_has_stopped_says_so_and_lets_everybody_out(
 # ---- prefixes -----------------------------------------------------------------------------------
 
 
-class KeepsPrefixes(Engine):
-    """What the engine would be without the one line that empties the cache."""
+class KeepsPrefixes(CausalEngine):
+    """What the engine would be if a lane did not empty its cache for another revision."""
 
-    def _forget_prefixes(self) -> None:
-        pass
+    async def _clear(self, lane: int, revision: Revision) -> None:
+        self._managers[lane].revision = revision
 
 
-async def long_prompt_before_and_after(running: Running) -> tuple[Step, Step]:
+async def long_prompt_before_and_after(running: Running) -> tuple[Said, Said]:
     await running.swap("alpha")
     for _ in range(2):  # the second one finds the pages of the first
         before = await running.answer(LONG)
@@ -434,9 +472,7 @@ def test_nothing_is_compiled_after_the_warm_up_whatever_comes(compiled: Running)
         seconds = await compiled.engine.warm_up()
         assert seconds > 0
         assert compiled.engine.compiled_regions > 0
-        assert not compiled.engine.admission.is_open
-        compiled.engine.admission.open()
-        steps: list[tuple[Step, list[int]]] = []
+        steps: list[tuple[Said, list[int]]] = []
         for name in ["alpha", "beta", "gamma", "alpha"]:
             await compiled.swap(name)
             for batch in (1, 2, 3, 7):
@@ -453,12 +489,16 @@ def test_nothing_is_compiled_after_the_warm_up_whatever_comes(compiled: Running)
 # ---- canaries: what the engine relies on and nobody promised ------------------------------------
 
 
+def manager_of(running: Running) -> _Manager:
+    return running.engine._managers[0]
+
+
 def parameters(function: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(function).parameters)
 
 
 def test_transformers_still_has_the_managers_calls_that_the_engine_makes(eager: Running) -> None:
-    manager = eager.engine._manager
+    manager = manager_of(eager)
     wanted = {"request_id", "max_new_tokens", "streaming"}
     assert wanted <= parameters(manager.add_request), "add_request takes other arguments now"
     assert "hard_stop" in parameters(manager.stop), "stop(hard_stop=) is gone"
@@ -468,33 +508,33 @@ def test_transformers_still_has_the_managers_calls_that_the_engine_makes(eager: 
 
 
 def test_transformers_still_pauses_between_two_steps(eager: Running) -> None:
-    with eager.engine._manager.pause():
-        assert not eager.engine._manager.batch_processor.scheduler.active_requests
+    with manager_of(eager).pause():
+        assert not manager_of(eager).batch_processor.scheduler.active_requests
     assert eager(eager.answer(SHORT)).finished, "the engine did not go on after a pause()"
 
 
 def test_transformers_still_lets_the_prefix_cache_be_emptied(eager: Running) -> None:
-    processor = eager.engine._manager.batch_processor
+    processor = manager_of(eager).batch_processor
     assert processor is not None, "manager.batch_processor is gone"
     assert callable(getattr(processor.cache, "reset", None)), "cache.reset() is gone"
 
 
 def test_transformers_still_says_when_a_cancelled_request_is_out(eager: Running) -> None:
-    scheduler = eager.engine._manager.batch_processor.scheduler
+    scheduler = manager_of(eager).batch_processor.scheduler
     assert isinstance(scheduler.active_requests, dict), "scheduler.active_requests is no dict"
     assert parameters(scheduler.request_is_cancelled) == {"request_id"}
     assert scheduler.request_is_cancelled("nobody"), "it asks another question now"
 
 
 def test_transformers_still_keeps_result_handlers_under_a_lock(eager: Running) -> None:
-    router = eager.engine._manager.output_router
+    router = manager_of(eager).output_router
     with router._lock:
         assert isinstance(router.result_handlers, dict), "output_router.result_handlers moved"
     assert router.result_handlers == {}, "a request that ended left its handler behind"
 
 
 def test_transformers_still_takes_a_ready_made_list_of_processors(eager: Running) -> None:
-    processors = eager.engine._manager.logit_processor
+    processors = manager_of(eager).logit_processor
     assert hasattr(processors, "tensors_required"), "logit_processor.tensors_required is gone"
     assert processors.tensors_required == 1
 
