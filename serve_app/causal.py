@@ -15,6 +15,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
@@ -114,15 +115,18 @@ class CausalEngine(Engine):
     ) -> AsyncGenerator[Step, None]:
         assert ticket.seat is not None
         manager = self._managers[ticket.seat]
+        if len(prompt_ids) + max_tokens > manager.capacity:  # alone, it would stop the thread
+            raise GenerationFailed(f"it needs more than the {manager.capacity} tokens of KV cache")
         request_id = uuid.uuid4().hex
         finished = False
         steps = manager.run(
             request_id, prompt_ids, max_tokens=max_tokens, sampling=sampling, stream=stream
         )
         try:
-            async for step in steps:
-                finished = step.finished
-                yield step
+            async with aclosing(steps):
+                async for step in steps:
+                    finished = step.finished
+                    yield step
         finally:
             if not finished and manager.alive:
                 # inside until the manager has let go, even if whoever waits here is cancelled
@@ -146,7 +150,12 @@ class CausalEngine(Engine):
         """Whoever comes next must not find what another revision left in the cache."""
         manager = self._managers[lane]
         if manager.revision != revision:
-            await asyncio.to_thread(manager.forget_prefixes)
+            try:
+                await asyncio.to_thread(manager.forget_prefixes)
+            except Exception:
+                if not manager.alive:  # which is why, and what the client has to know
+                    raise EngineStopped from None
+                raise
             manager.revision = revision
 
     async def _warm(self, manager: _Manager, prompt_ids: list[int], sampling: Sampling) -> None:
@@ -169,6 +178,18 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
     """First in, first out; but while `only` is set, that request alone."""
 
     only: str | None = None
+
+    def schedule_batch(self, *budgets: int) -> Any:
+        # a full cache bars new requests until one finishes; if those were cancelled, none ever does
+        if not self.active_requests:
+            self.block_new_requests = False
+        return super().schedule_batch(*budgets)
+
+    def start_over(self, state: RequestState) -> None:
+        """Back to those who wait, with the tokens that it has as a part of its prompt."""
+        again = state.create_equivalent_initial_request()
+        self.finish_request(state.request_id)
+        self.add_waiting_request(again)
 
     def _process_candidates(self, candidates: list[RequestState], *rest: Any) -> Any:
         if self.only is not None:
@@ -194,7 +215,7 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
             ),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=_PAGE_TOKENS,
-                num_blocks=-(-settings.kv_cache_tokens // _PAGE_TOKENS),
+                num_blocks=-(-settings.lane_tokens // _PAGE_TOKENS),
                 max_batch_tokens=settings.max_batch_tokens,
                 max_requests_per_batch=settings.max_ongoing_requests,
                 # None on a CPU, where True would only make transformers warn
@@ -205,6 +226,7 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
                 per_request_processors=True,
             ),
         )
+        self.capacity = settings.lane_tokens
         self.revision = turns.slot.revision
         self._turns = turns
         self._sampler = Sampler(max_logprobs=settings.max_logprobs)
@@ -254,6 +276,9 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
 
     async def cancel(self, request_id: str) -> None:
         """Take a request out; returns when no step can contain it any more."""
+        # the thread reads what is cancelled after what is new, but not in the same moment
+        while self.alive and self._is_new(request_id):
+            await asyncio.sleep(_STEP_S)
         self.cancel_request(request_id)
         while self.alive and not self._is_out(request_id):
             await asyncio.sleep(_STEP_S)
@@ -273,6 +298,10 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
                     processor.cache.reset()
                     return
             time.sleep(_STEP_S)
+
+    def _is_new(self, request_id: str) -> bool:
+        with self.input_queue.mutex:
+            return any(state.request_id == request_id for state in self.input_queue.queue)
 
     def _is_out(self, request_id: str) -> bool:
         processor = self.batch_processor
@@ -297,6 +326,7 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
                 super()._generation_step()
             except Exception as error:
                 raise _StepFailed(str(error)) from error
+        self._failures = 0
         for request_id, logprobs in self._sampler.take().items():
             if request_id in self._logprobs:
                 self._logprobs[request_id].append(logprobs)
@@ -310,7 +340,6 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
             batch = [future.state for future in self._batch(batch_processor)]
             self._isolate(batch_processor, batch, failed)
             return True
-        self._failures = 0
         return goes_on
 
     def _isolate(
@@ -321,15 +350,16 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
             self._fail(processor, batch[0], failed)
             return
         scheduler = processor.scheduler
-        for state in batch:
-            again = state.create_equivalent_initial_request()
-            scheduler.finish_request(state.request_id)
-            scheduler.add_waiting_request(again)
+        for state in list(scheduler.active_requests.values()):  # nobody's pages are in the way
+            scheduler.start_over(state)
         try:
             for state in batch:
                 scheduler.only = state.request_id
                 while self._has_no_token(processor, state):
-                    self._generation_loop_body(processor, False)
+                    if not self._generation_loop_body(processor, False):
+                        return  # the thread is to stop
+                if (works := scheduler.active_requests.get(state.request_id)) is not None:
+                    scheduler.start_over(works)
         finally:
             scheduler.only = None
 

@@ -85,7 +85,7 @@ class Controller(Dispatch):
     ) -> None:
         super().__init__(settings, state_uri=state_uri, put=put)
         self._tenants = Tenants(
-            self._intent, self._lines, self._shelf, feed=self._feed, timeout_s=load_timeout_s
+            self._intent, self._reports, self._shelf, feed=self._feed, timeout_s=load_timeout_s
         )
         self._ticker: asyncio.Task[None] | None = None
 
@@ -134,7 +134,7 @@ class Controller(Dispatch):
         if not earlier:
             raise NothingToUndo
         revision = from_key(earlier[-1])
-        for fingerprint in {report.layout for report in self._lines.reports().values()}:
+        for fingerprint in {report.layout for report in self._reports.last().values()}:
             await self._shelf.get(revision, fingerprint)  # refuse now, not on the replicas
         plan = Plan(
             adapter=self._intent.sources.get(earlier[-1], revision.name),
@@ -164,7 +164,7 @@ class Controller(Dispatch):
             )
         return fleet_view(
             self._fleet,
-            self._lines.reports(),
+            self._reports.last(),
             journal_uri=self._journal.uri,
             warnings=warnings,
             at=time.time(),

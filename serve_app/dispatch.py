@@ -19,8 +19,8 @@ from hotswap_lib import HotswapError, Layout
 from .images import AdapterStore, ImageShelf, ImageUnavailable, Put
 from .intent import Intent
 from .journal import Journal
-from .lines import Line, Lines
 from .messages import Answer, Report, from_key, key
+from .open_reports import OpenReport, OpenReports
 from .rollout.events import Event, Left, Reported, Ticked
 from .rollout.machine import desired, silent
 from .rollout.state import Desired, Fleet
@@ -40,7 +40,7 @@ class Dispatch:
         self._store = AdapterStore(state_uri)
         self._shelf = ImageShelf(self._store, put=put)
         self._intent = Intent(self._journal, declared=settings.adapter)
-        self._lines = Lines()
+        self._reports = OpenReports()
         self._under_way: set[asyncio.Task[Any]] = set()
 
     @property
@@ -56,7 +56,7 @@ class Dispatch:
         """Hear what a replica holds; answer when what it shall hold changes, or after `poll_s`."""
         if not self._shelf.knows(report.layout):
             return Answer(introduce=True)
-        line = self._lines.open(report)
+        line = self._reports.open(report)
         if report.acting_on is not None:
             await self._intent.outrank(report.acting_on.epoch)
         await self._feed(
@@ -119,16 +119,16 @@ class Dispatch:
         """Advance, journal when the intent changed, then ring the replicas that it concerns."""
         after = await self._intent.decide(event)
         self._shelf.keep_only(self._intent.needed())
-        for name, line in self._lines.items():
+        for name, line in self._reports.items():
             observed = after.observed.get(name)
             # gone, or sent out and called back before it heard of either: have it say where it is
             if self._has_news(line) or observed is None or observed.outdated:
                 line.changed.set()
         if isinstance(event, Left):
-            self._lines.close(event.replica)
-        self._lines.wake()
+            self._reports.close(event.replica)
+        self._reports.wake()
 
-    def _has_news(self, line: Line) -> bool:
+    def _has_news(self, line: OpenReport) -> bool:
         """Whether the replica acts on something else than what it shall do."""
         want, has = desired(self._fleet, line.report.replica), line.report.acting_on
         return has is None or _content(has) != _content(want)

@@ -6,7 +6,7 @@ Shapes: B texts, L tokens of the longest, padded at its end; D features, C class
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from hotswap_lib import Revision, Slot
 from .batches import BatchEngine, Job
 from .engine import Ticket
 from .pooling import Pooling, pool
+from .regions import compile_layers
 from .settings import Settings
 
 _STEP = 8  # lengths are multiples of it: a length of 1 would be a graph of its own
@@ -52,7 +53,11 @@ class EncoderEngine(BatchEngine[Text]):
         # whole layers, since nothing here knows its number without a cache: on a BERT as fast as
         # the whole model compiled (0.3 of eager's time; regions: 0.6), in a time that depth does
         # not change, and with dynamic sizes a few graphs serve every shape
-        self.compiled_regions = compile_layers(self._model) if settings.compile else 0
+        if settings.compile:
+            # layers of several kinds share one forward, and so one limit: T5's first, and the rest
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, _GRAPHS)
+            self.compiled_regions = compile_layers(self._model)
 
     async def run(self, ticket: Ticket, ids: list[int]) -> list[float]:
         """One text's embedding [D], or its classes [C]: probabilities, or a regression's values.
@@ -118,23 +123,3 @@ def _positions(model: Any) -> int:
         ):
             return int(limit - module.padding_idx - 1)
     return int(limit)
-
-
-def compile_layers(model: nn.Module) -> int:
-    """Compile the repeated layers of an encoder in place, for any shape. Returns how many."""
-    # layers of several kinds share one forward, and so one limit: T5's first one, and the others
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, _GRAPHS)
-    layers = list(_layers(model))
-    for layer in layers:
-        layer.compile(dynamic=True)
-    return len(layers)
-
-
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The repeated layers; not what is repeated inside of one."""
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
-        else:
-            yield from _layers(child)

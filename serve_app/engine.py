@@ -12,8 +12,8 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -112,6 +112,7 @@ class Engine(ABC):
         self.default = slot.revision
         self._beside: set[Revision] = set()
         self._running: Counter[Revision] = Counter()
+        self._proving: Counter[Revision] = Counter()
         self._releasing: set[asyncio.Task[None]] = set()
 
     # ---- what an engine must do ---------------------------------------------------------------
@@ -200,7 +201,8 @@ class Engine(ABC):
     def _named(self, pin: str | None) -> Revision:
         if pin is None:
             return self.default
-        for revision in self.serves:
+        # beside first: a name alone means what was loaded under it, also when a default has it too
+        for revision in (*sorted(self._beside, key=str), self.default):
             if pin in (revision.name, str(revision), f"{revision.name}@{revision.digest}"):
                 return revision
         raise RevisionNotServed(pin, tuple(map(str, self.serves)))
@@ -241,40 +243,43 @@ class Engine(ABC):
         """
         began = time.monotonic()
         if in_flight == "overlap":
-            self.turns.add(staged)
-            await self._make_room(staged.revision)
-            return await self._switch(staged, drained_s=0.0)
+            with self._arriving(staged):
+                await self._make_room(staged.revision)
+                return await self._switch(staged, drained_s=0.0)
         async with self.admission.drained(timeout_s=self.settings.drain_timeout_s):
-            self.turns.add(staged)
-            return await self._switch(staged, drained_s=time.monotonic() - began)
+            with self._arriving(staged):
+                return await self._switch(staged, drained_s=time.monotonic() - began)
 
     async def _switch(self, staged: Staged, *, drained_s: float) -> Cutover:
-        unused = staged.revision
-        try:
-            receipt, verify_s = await _finished(
-                asyncio.to_thread(self.turns.prove, staged.revision)
-            )
-            unused, self.default = self.default, staged.revision
-        finally:
-            self._forget_unused(unused)
+        receipt, verify_s = await _finished(asyncio.to_thread(self.turns.prove, staged.revision))
+        before, self.default = self.default, staged.revision
+        self._forget_unused(before)
         return Cutover(receipt=receipt, drain_ms=drained_s * 1e3, verify_ms=verify_s * 1e3)
 
     async def hold(self, staged: Staged) -> None:
         """Answer with this revision too, when a request names it. Raises `VerifyFailed`."""
-        self.turns.add(staged)
-        try:
+        with self._arriving(staged):
             await _finished(asyncio.to_thread(self.turns.prove, staged.revision))
             self._beside.add(staged.revision)
-        finally:
-            self._forget_unused(staged.revision)
 
     def drop(self, revision: Revision) -> None:
         """Admit nobody to it by name any more; requests that run on it finish."""
         self._beside.discard(revision)
         self._forget_unused(revision)
 
+    @contextmanager
+    def _arriving(self, staged: Staged) -> Iterator[None]:
+        """Here while it is proved, although older requests on the same revision may end now."""
+        self._proving[staged.revision] += 1
+        self.turns.add(staged)
+        try:
+            yield
+        finally:
+            self._proving -= Counter([staged.revision])
+            self._forget_unused(staged.revision)
+
     def _forget_unused(self, revision: Revision) -> None:
-        held = revision == self.default or revision in self._beside
+        held = revision == self.default or revision in self._beside or revision in self._proving
         if not held and self._running[revision] <= 0:
             del self._running[revision]
             self.turns.drop(revision)
@@ -315,5 +320,7 @@ async def _finished(work: Awaitable[T]) -> T:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([task])
+        while not task.done():  # however often it is cancelled
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
         raise

@@ -6,11 +6,14 @@ its handle, and turns typed errors into OpenAI's envelope. It holds no state.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Annotated, Any
+from urllib.parse import quote, unquote
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -18,8 +21,22 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from ray.serve.handle import DeploymentHandle
 
 from .body_limit import BodyLimit
-from .http_errors import ERRORS, NotAuthorized, install_error_handlers
+from .documents import (
+    ChatChunk,
+    ChatDocument,
+    ClassificationList,
+    EmbeddingList,
+    Health,
+    ModelList,
+    TextChunk,
+    TextDocument,
+    answered,
+    with_chunks,
+)
+from .http_errors import ERRORS, NotAuthorized, describe, documented, install_error_handlers
+from .json_body import JsonRoute
 from .openai import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest
+from .presence import NobodyServes, Presence
 from .rollout.plan import Plan
 from .settings import Settings
 from .views import (
@@ -36,8 +53,15 @@ logger = logging.getLogger("ray.serve")
 _BEARER = HTTPBearer(auto_error=False)
 Pin = Annotated[
     str | None,
-    Header(alias="x-adapter-revision", min_length=1, description="the revision to run on"),
+    Header(
+        alias="x-adapter-revision",
+        min_length=1,
+        description="the revision to run on; percent-encoded where it is not ASCII",
+    ),
 ]
+_PLAIN = "!\"#$&'()*+,/:;<=>?@[\\]^`{|}"  # stays as it is in a header; % does not
+_HEALTH_S = 5.0
+_Request = ChatRequest | CompletionRequest | EmbeddingRequest | ClassifyRequest
 _STREAM = {"x-accel-buffering": "no", "cache-control": "no-cache"}
 
 
@@ -50,62 +74,87 @@ class Gateway:
         self._settings = settings
         self._model = model
         self._controller = controller
+        self._presence = Presence(controller)
 
     def app(self) -> FastAPI:
-        app = FastAPI(title="hotswap", summary="Live LoRA adapters on a fleet", responses=ERRORS)
+        # slashes are not made up for: the redirect would not be in OpenAI's shapes
+        app = FastAPI(
+            title="hotswap",
+            summary="Live LoRA adapters on a fleet",
+            responses=ERRORS,
+            redirect_slashes=False,
+        )
         install_error_handlers(app)
         app.add_middleware(BodyLimit, limit=self._settings.max_body_bytes)
         app.include_router(self._data_routes())
         app.include_router(self._admin_routes())
         app.include_router(self._adapter_routes())
+        app.openapi = _documentation(app)  # type: ignore[method-assign]
         return app
 
     def _data_routes(self) -> APIRouter:
-        router = APIRouter(tags=["inference"])
-        router.get("/health", responses={503: {"description": "no replica serves"}})(self.health)
-        router.get("/v1/models")(self.models)
-        # the body is a document or a stream of them, so no response model fits both
-        router.post("/v1/chat/completions", response_model=None)(self.chat)
-        router.post("/v1/completions", response_model=None)(self.complete)
-        router.post("/v1/embeddings", response_model=None)(self.embeddings)
-        router.post("/v1/classify", response_model=None)(self.classify)
+        router = APIRouter(tags=["inference"], route_class=JsonRoute)
+        router.get("/health", response_model=Health, responses=documented(503))(self.health)
+        router.get("/v1/models", response_model=ModelList, responses=documented(503))(self.models)
+        for path, answer, ok in (
+            ("/v1/chat/completions", self.chat, answered(ChatDocument, ChatChunk)),
+            ("/v1/completions", self.complete, answered(TextDocument, TextChunk)),
+            ("/v1/embeddings", self.embeddings, answered(EmbeddingList)),
+            ("/v1/classify", self.classify, answered(ClassificationList)),
+        ):
+            # the document is made by the replica, so nothing is left for FastAPI to serialize
+            responses = {200: ok} | documented(400, 404, 408, 413, 415, 429, 503, 504)
+            router.post(path, response_model=None, responses=responses)(answer)
         return router
 
     def _adapter_routes(self) -> APIRouter:
         """vLLM's routes for adapters beside the default."""
-        router = APIRouter(prefix="/v1", tags=["adapters"], dependencies=[Depends(self._authorize)])
-        router.post("/load_lora_adapter")(self.load_adapter)
-        router.post("/unload_lora_adapter")(self.unload_adapter)
+        router = self._operators_router("/v1", tag="adapters")
+        body = documented(400, 404, 408, 409, 413, 415, 503, 504)
+        router.post("/load_lora_adapter", responses=body)(self.load_adapter)
+        router.post("/unload_lora_adapter", responses=body)(self.unload_adapter)
         router.get("/lora_adapters")(self.adapters)
         return router
 
     def _admin_routes(self) -> APIRouter:
-        router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(self._authorize)])
+        router = self._operators_router("/admin", tag="admin")
+        body = documented(400, 408, 409, 413, 415, 503)
         router.get("/fleet")(self.fleet)
         router.get("/rollouts")(self.rollouts)
-        router.get("/rollouts/{id}")(self.rollout)
-        router.post("/rollouts", status_code=201)(self.start)
-        router.post("/rollouts/{id}/abort")(self.abort)
-        router.post("/undo", status_code=201)(self.undo)
+        router.get("/rollouts/{id}", responses=documented(404))(self.rollout)
+        router.post("/rollouts", status_code=201, responses=body)(self.start)
+        router.post("/rollouts/{id}/abort", responses=documented(404))(self.abort)
+        router.post("/undo", status_code=201, responses=documented(409))(self.undo)
         return router
+
+    def _operators_router(self, prefix: str, *, tag: str) -> APIRouter:
+        """Routes behind the token, where there is one."""
+        closed = self._settings.admin_token is not None
+        return APIRouter(
+            prefix=prefix,
+            tags=[tag],
+            route_class=JsonRoute,
+            dependencies=[Depends(self._authorize)] if closed else [],
+            responses=documented(401) if closed else {},
+        )
 
     # ---- inference --------------------------------------------------------------------------
 
     async def chat(self, request: ChatRequest, pin: Pin = None) -> Response:
         if request.stream:
             return await self._stream(request, pin)
-        return _document(await self._model.chat.remote(request, pin))
+        return await self._whole(self._model.chat, request, pin)
 
     async def complete(self, request: CompletionRequest, pin: Pin = None) -> Response:
         if request.stream:
             return await self._stream(request, pin)
-        return _document(await self._model.complete.remote(request, pin))
+        return await self._whole(self._model.complete, request, pin)
 
     async def embeddings(self, request: EmbeddingRequest, pin: Pin = None) -> Response:
-        return _document(await self._model.embeddings.remote(request, pin))
+        return await self._whole(self._model.embeddings, request, pin)
 
     async def classify(self, request: ClassifyRequest, pin: Pin = None) -> Response:
-        return _document(await self._model.classify.remote(request, pin))
+        return await self._whole(self._model.classify, request, pin)
 
     async def models(self) -> dict[str, Any]:
         """The base model's name, and every revision that is live now, as a name to ask for."""
@@ -120,11 +169,14 @@ class Gateway:
         ]
         return {"object": "list", "data": entries}
 
-    async def health(self) -> Response:
+    async def health(self) -> Health:
         """200 while at least one replica serves, else 503."""
-        fleet: FleetView = await self._controller.fleet.remote()
-        status = "ok" if fleet.ready else "not ready"
-        return JSONResponse({"status": status}, status_code=200 if fleet.ready else 503)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_HEALTH_S):
+                fleet: FleetView = await self._controller.fleet.remote()
+                if fleet.ready:
+                    return Health(status="ok")
+        raise NobodyServes
 
     # ---- admin ------------------------------------------------------------------------------
 
@@ -167,20 +219,24 @@ class Gateway:
     # ---- inside -----------------------------------------------------------------------------
 
     async def _authorize(
-        self,
-        given: Annotated[
-            HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))
-        ],
+        self, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
     ) -> None:
-        token = self._settings.admin_token
         word = given.credentials if given else ""
-        if token is not None and not secrets.compare_digest(word.encode(), token.encode()):
+        token = self._settings.admin_token or ""
+        if not secrets.compare_digest(word.encode(), token.encode()):
             raise NotAuthorized
 
+    async def _whole(self, method: Any, request: _Request, pin: str | None) -> Response:
+        await self._presence.expect()
+        call = method.remote(request, _decoded(pin))
+        document: dict[str, Any] = await self._presence.wait(call, call)
+        return JSONResponse(document, headers=_headers(document))
+
     async def _stream(self, request: ChatRequest | CompletionRequest, pin: str | None) -> Response:
-        chunks = self._model.options(stream=True).stream.remote(request, pin)
+        await self._presence.expect()
+        chunks = self._model.options(stream=True).stream.remote(request, _decoded(pin))
         # the first chunk before the first header: a refusal still gets its own status
-        first = await anext(aiter(chunks))
+        first = await self._presence.wait(chunks, anext(aiter(chunks)))
         return StreamingResponse(
             _events(first, chunks),
             media_type="text/event-stream",
@@ -188,15 +244,20 @@ class Gateway:
         )
 
 
+def _documentation(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    made = app.openapi
+    return lambda: app.openapi_schema or with_chunks(made())
+
+
 def _headers(document: dict[str, Any]) -> dict[str, str]:
     return {
-        "x-adapter-revision": document["system_fingerprint"],
+        "x-adapter-revision": quote(document["system_fingerprint"], safe=_PLAIN),
         "x-replica-id": document["replica_id"],
     }
 
 
-def _document(document: dict[str, Any]) -> Response:
-    return JSONResponse(document, headers=_headers(document))
+def _decoded(pin: str | None) -> str | None:
+    return None if pin is None else unquote(pin)
 
 
 async def _events(first: dict[str, Any], rest: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
@@ -207,9 +268,18 @@ async def _events(first: dict[str, Any], rest: AsyncIterator[dict[str, Any]]) ->
             yield _event(chunk)
     except Exception as error:
         logger.warning(f"a stream broke: {type(error).__name__}")
-        yield _event({"error": {"message": "the stream broke off", "code": "stream_broken"}})
+        yield _event({"error": _broken(error)})
         return
     yield "data: [DONE]\n\n"
+
+
+def _broken(error: Exception) -> dict[str, Any]:
+    status, detail = describe(error)
+    if status == 500:
+        detail = detail.model_copy(
+            update={"message": "the stream broke off", "code": "stream_broken"}
+        )
+    return detail.model_dump()
 
 
 def _event(document: dict[str, Any]) -> str:

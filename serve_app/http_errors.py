@@ -9,7 +9,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
 from starlette.exceptions import HTTPException
 
 from hotswap_lib import AdapterRefused, HotswapError
@@ -18,6 +22,7 @@ from .controller import FleetNotReady, NoSuchRollout, NothingToUndo, PlanImpossi
 from .engine import DeadlineExceeded, EngineStopped, GenerationFailed, RevisionNotServed
 from .lanes import LanesTaken
 from .openai import RequestRefused
+from .presence import NobodyServes
 from .rollout.state import GenerationMismatch, IllegalEvent
 from .tenants import (
     AdapterAlreadyLoaded,
@@ -53,6 +58,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (AdapterLoadFailed, 500),
     (GenerationFailed, 500),
     (FleetNotReady, 503),
+    (NobodyServes, 503),
     (EngineStopped, 503),
     (AdapterLoadTimeout, 504),
     (DeadlineExceeded, 504),
@@ -63,14 +69,41 @@ _ROUTE_CODES = {
     408: "request_timeout",
     413: "body_too_large",
 }
+_MOST_CHARS = 1000  # of a message: some repeat what the client sent
+_RETRY = {"retry-after": "1"}
+_WHEN = {
+    400: "the request, or what it names, is not acceptable",
+    401: "the admin routes need the bearer token of the settings",
+    404: "there is no such model, revision, adapter, rollout or route",
+    408: "the body did not arrive in time",
+    409: "this cannot be done now",
+    413: "the body is too large",
+    415: "the body is not JSON",
+    429: "there are too many requests; Retry-After says when to come back",
+    503: "nobody can answer at the moment; Retry-After says when to come back",
+    504: "it took too long",
+}
 ERRORS: dict[int | str, dict[str, Any]] = {
     "default": {"model": ErrorBody, "description": "what went wrong, in OpenAI's envelope"}
 }
 
 
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For `responses=` of a route: what it answers beside its success."""
+    return {status: _documented(status) for status in statuses}
+
+
+def _documented(status: int) -> dict[str, Any]:
+    document = {"model": ErrorBody, "description": _WHEN[status]}
+    if status not in (429, 503):
+        return document
+    retry = {"schema": {"type": "string", "pattern": "^[0-9]+$"}, "description": "seconds"}
+    return document | {"headers": {"Retry-After": retry}}
+
+
 def install_error_handlers(app: FastAPI) -> None:
     kinds = [RayError, RequestRefused, RequestValidationError, HTTPException]
-    kinds += [BackPressureError, DeploymentUnavailableError]
+    kinds += [BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError]
     for kind in [*kinds, *(kind for kind, _ in _STATUS)]:
         app.add_exception_handler(kind, _respond)
     app.add_exception_handler(Exception, _respond)
@@ -80,7 +113,17 @@ async def _respond(request: Request, error: Exception) -> JSONResponse:
     status, detail = describe(error)
     if status >= 500:
         logger.warning(f"{request.method} {request.url.path}: {status} {detail.message}")
-    headers = {"retry-after": "1"} if status in (429, 503) else {}
+    return _response(error, status, detail)
+
+
+def respond(error: Exception) -> JSONResponse:
+    """The answer to an error, where FastAPI's handlers do not reach."""
+    return _response(error, *describe(error))
+
+
+def _response(error: Exception, status: int, detail: ErrorDetail) -> JSONResponse:
+    headers = dict(getattr(error, "headers", None) or {})  # an HTTPException's: Allow
+    headers |= _RETRY if status in (429, 503) else {}
     headers |= {"www-authenticate": "Bearer"} if status == 401 else {}
     return JSONResponse(ErrorBody(error=detail).model_dump(), status_code=status, headers=headers)
 
@@ -99,7 +142,7 @@ def describe(error: Exception) -> tuple[int, ErrorDetail]:
             return error.status_code, _detail(code, f"{error.detail}")
         case BackPressureError():
             return 429, _detail("too_many_requests", "the queue is full", kind="rate_limit_error")
-        case ActorUnavailableError() | DeploymentUnavailableError():
+        case ActorUnavailableError() | DeploymentUnavailableError() | ReplicaUnavailableError():
             message = "what should answer this is not there at the moment"
             return 503, _detail("unavailable", message, kind="server_error")
         case RayActorError():
@@ -120,13 +163,27 @@ def _validation(error: RequestValidationError) -> ErrorDetail:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     if first["type"] == "extra_forbidden":
-        return _detail("unsupported_parameter", f"{where} is not supported here", param=where)
+        return _detail("unsupported_parameter", f"{where!r} is not supported here", param=where)
     if first["type"] == "json_invalid":
         return _detail("invalid_json", "the body is not valid JSON")
-    return _detail("invalid_parameter", f"{where}: {first['msg'].lower()}", param=where or None)
+    message = f"{where or 'the body'}: {first['msg'].lower()}"
+    return _detail("invalid_parameter", message, param=where or None)
 
 
 def _detail(
     code: str, message: str, *, param: str | None = None, kind: str = "invalid_request_error"
 ) -> ErrorDetail:
-    return ErrorDetail(message=message.splitlines()[0], type=kind, param=param, code=code)
+    return ErrorDetail(
+        message=_sentence(message), type=kind, param=param and _text(param), code=code
+    )
+
+
+def _sentence(message: str) -> str:
+    """The first line that says something."""
+    lines = (line for line in _text(message).splitlines() if line.strip())
+    return next(lines, "no reason is known")
+
+
+def _text(given: str) -> str:
+    """As far as it can be sent: half of a surrogate pair, which JSON may have, is no UTF-8."""
+    return given[:_MOST_CHARS].encode(errors="replace").decode()

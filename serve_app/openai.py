@@ -181,6 +181,10 @@ class TextPart(_Request):
     text: Unicode
 
 
+# fail_fast: two million errors about one body are gigabytes
+_Parts = Annotated[list[TextPart], Field(fail_fast=True)]
+
+
 class Message(_Request):
     """`content` may be absent only where OpenAI's own answers have null."""
 
@@ -188,7 +192,7 @@ class Message(_Request):
 
     role: Literal["system", "user", "assistant", "developer"]
     content: Annotated[
-        Annotated[Unicode, Tag("text")] | Annotated[list[TextPart], Tag("parts")],
+        Annotated[Unicode, Tag("text")] | Annotated[_Parts, Tag("parts")],
         Discriminator(lambda value: "parts" if isinstance(value, list) else "text"),
     ] = ""
     name: Unicode | None = None
@@ -268,7 +272,7 @@ class ChatRequest(_Generation):
         "service_tier": ("auto", "default"),
     }
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0

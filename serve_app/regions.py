@@ -37,10 +37,13 @@ def _compile(modules: Iterable[nn.Module]) -> int:
     return len(found)
 
 
-def _repeated(model: nn.Module) -> Iterator[nn.Module]:
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            yield from module
+def _repeated(module: nn.Module) -> Iterator[nn.Module]:
+    """The repeated layers; not what is repeated inside of one."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _repeated(child)
 
 
 def _position_free(module: nn.Module) -> Iterator[nn.Module]:

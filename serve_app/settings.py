@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from click import ClickException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 EMBEDDED = "embedded"
 
@@ -109,7 +110,10 @@ class Settings(BaseModel):
         Literal["wait", "refuse"],
         Field(description="a request whose revision finds every lane taken waits, or gets 429"),
     ] = "wait"
-    kv_cache_tokens: Annotated[int, Field(ge=64, description="KV cache of each lane")] = 8192
+    kv_cache_tokens: Annotated[
+        int | None,
+        Field(ge=64, description="KV cache of each lane; default: four requests of max_model_len"),
+    ] = None
     max_batch_tokens: Annotated[int, Field(ge=16, description="tokens in one step")] = 256
 
     # every other task: requests are put together into batches
@@ -138,6 +142,23 @@ class Settings(BaseModel):
     start_timeout_s: Annotated[
         float, Field(gt=0, description="longest wait of a new replica for its revision")
     ] = 600.0
+
+    @field_validator("kv_cache_tokens")
+    @classmethod
+    def _one_request_fits(cls, value: int | None, info: ValidationInfo) -> int | None:
+        longest = info.data.get("max_model_len")
+        if value is not None and longest is not None and value < longest:
+            raise PydanticCustomError(
+                "kv_cache_too_small",
+                "should hold at least one request of max_model_len={longest}",
+                {"longest": longest},
+            )
+        return value
+
+    @property
+    def lane_tokens(self) -> int:
+        """What the KV cache of one lane holds."""
+        return self.kv_cache_tokens or 4 * self.max_model_len
 
     @property
     def silence_s(self) -> float:

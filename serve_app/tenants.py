@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from hotswap_lib import BASE, AdapterNameInvalid, load_adapter
 
 from .images import ImageShelf
 from .intent import Intent
-from .lines import Line, Lines
 from .messages import from_key, key
+from .open_reports import OpenReport, OpenReports
 from .rollout.events import Event, LoadRequested, UnloadRequested
 from .views import AdapterView
 
@@ -78,14 +79,14 @@ class Tenants:
     def __init__(
         self,
         intent: Intent,
-        lines: Lines,
+        reports: OpenReports,
         shelf: ImageShelf,
         *,
         feed: Callable[[Event], Awaitable[None]],
         timeout_s: float,
     ) -> None:
         self._intent = intent
-        self._lines = lines
+        self._reports = reports
         self._shelf = shelf
         self._feed = feed
         self._timeout_s = timeout_s
@@ -104,7 +105,7 @@ class Tenants:
             if before not in (None, revision) and not load_inplace:
                 raise AdapterAlreadyLoaded(name, _short(str(before)), _short(revision))
             self._intent.sources[revision] = path
-            said_before = dict(self._lines.items())
+            said_before = dict(self._reports.items())
             await self._feed(
                 LoadRequested(
                     revision=revision,
@@ -134,12 +135,10 @@ class Tenants:
                     revision=revision, expected_generation=expected_generation, at=time.time()
                 )
             )
-        try:
+        with suppress(TimeoutError):  # who has not heard yet will; the intent is written down
             async with asyncio.timeout(self._timeout_s):
-                await self._lines.until(lambda: not self._still_named(revision))
-        except TimeoutError:
-            pass  # who has not heard yet will; the intent is written down
-        ready = len(self._serving(revision))
+                await self._reports.until(lambda: not self._still_named(revision))
+        ready = self._ready(revision)
         return view.model_copy(update={"generation": self._intent.fleet.generation, "ready": ready})
 
     def views(self) -> list[AdapterView]:
@@ -158,14 +157,23 @@ class Tenants:
             lora_path=self._intent.sources.get(revision, ""),
             revision=_short(revision),
             generation=fleet.generation,
-            ready=len(self._serving(revision)),
+            ready=self._ready(revision),
             total=len(fleet.observed),
+        )
+
+    def _ready(self, revision: str) -> int:
+        """How many said last that they serve it; some may have been told to drop it since."""
+        last = self._reports.last()
+        return sum(
+            revision in map(key, last[replica].serves)
+            for replica in self._intent.fleet.observed
+            if replica in last
         )
 
     # ---- waiting for replicas -----------------------------------------------------------------
 
     async def _until_served(
-        self, revision: str, *, since: int, said_before: dict[str, Line]
+        self, revision: str, *, since: int, said_before: dict[str, OpenReport]
     ) -> None:
         def served() -> bool:
             self._refuse_failed(revision, since=since, said_before=said_before)
@@ -174,15 +182,17 @@ class Tenants:
 
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._lines.until(served)
+                await self._reports.until(served)
         except TimeoutError:
             waiting = sorted(self._intent.fleet.observed.keys() - self._serving(revision))
             raise AdapterLoadTimeout(_short(revision), tuple(waiting), self._timeout_s) from None
 
-    def _refuse_failed(self, revision: str, *, since: int, said_before: dict[str, Line]) -> None:
+    def _refuse_failed(
+        self, revision: str, *, since: int, said_before: dict[str, OpenReport]
+    ) -> None:
         if revision not in self._intent.fleet.loaded:
             raise AdapterLoadFailed(_short(revision), "it was unloaded meanwhile")
-        for replica, line in self._lines.items():
+        for replica, line in self._reports.items():
             if said_before.get(replica) is line:  # it was asked again since
                 continue
             for failure in line.report.refused:
@@ -191,13 +201,13 @@ class Tenants:
                     raise AdapterLoadFailed(_short(revision), why)
 
     def _serving(self, revision: str) -> set[str]:
-        lines = self._lines.of(self._intent.fleet.observed)
+        lines = self._reports.of(self._intent.fleet.observed)
         return {replica for replica, line in lines.items() if line and line.serves(revision)}
 
     def _still_named(self, revision: str) -> bool:
         if revision in self._intent.fleet.loaded:  # loaded again meanwhile
             return False
-        lines = self._lines.of(self._intent.fleet.observed)
+        lines = self._reports.of(self._intent.fleet.observed)
         return any(line is None or line.names(revision) for line in lines.values())
 
     async def _take_back(self, revision: str, before: str | None, *, came_from: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from itertools import pairwise
@@ -29,7 +30,7 @@ from tests.e2e.tiny_world import TinyWorld
 from tests.hotswap_lib.families import randomize
 
 from .conftest import new_slot
-from .fakes import until
+from .fakes import settled, until
 
 T = TypeVar("T")
 GREEDY = Sampling(temperature=0.0)
@@ -462,6 +463,414 @@ def test_an_engine_that_kept_its_prefixes_would_be_caught_by_the_test_above(
     for running in started(world, images, KeepsPrefixes):
         _, after = running(long_prompt_before_and_after(running))
         assert not running.is_exact(after, LONG)
+
+
+# ---- a request that makes the model fail --------------------------------------------------------
+
+BAD = 61  # no prompt has it, and no answer that is expected here
+
+
+class Poison:
+    """Makes the model fail for every batch with `BAD` in it; `always`: for every batch."""
+
+    def __init__(self, running: Running, patch: pytest.MonkeyPatch) -> None:
+        self.always = False
+        self.failed: list[int] = []  # how many tokens were in the batch
+        embedding = running.slot.model.base_model.model.get_input_embeddings()
+        forward = embedding.forward
+
+        def fails(ids: torch.Tensor) -> Any:
+            if self.always or bool((ids == BAD).any()):
+                self.failed.append(ids.numel())
+                raise ArithmeticError("poison")
+            return forward(ids)
+
+        patch.setattr(embedding, "forward", fails)
+
+
+@pytest.fixture
+def poison(fresh: Running, monkeypatch: pytest.MonkeyPatch) -> Poison:
+    return Poison(fresh, monkeypatch)
+
+
+async def at_once(running: Running, *stories: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Everything in the same step, in this order; what was answered or raised."""
+    with manager_of(running).pause():
+        tasks = [asyncio.create_task(story) for story in stories]
+        await settled()
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def all_steps(running: Running, *args: Any, **how: Any) -> list[Said]:
+    async with running.steps(*args, **how) as steps:
+        return [step async for step in steps]
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_only_the_request_that_makes_the_model_fail_fails(
+    fresh: Running, poison: Poison, place: int
+) -> None:
+    async def story() -> None:
+        await fresh.swap("alpha")
+        running = asyncio.create_task(all_steps(fresh, SHORT, 60, stream=True))
+        await until(lambda: bool(manager_of(fresh).batch_processor.scheduler.active_requests))
+        prompts = [SHORT, LONG, [9], [9, 8]]
+        prompts.insert(place, [*SHORT, BAD])
+        answers = await at_once(fresh, *(fresh.answer(ids, 20) for ids in prompts))
+        assert isinstance(answers.pop(place), GenerationFailed)
+        del prompts[place]
+        for step, ids in zip(answers, prompts, strict=True):
+            assert fresh.is_exact(step, ids, 20)
+        seen = await running
+        assert fresh.is_exact(seen[-1], SHORT, 60)
+        assert [len(step.token_ids) for step in seen] == list(range(1, 61)), "a token twice, or not"
+        assert len(poison.failed) == 2, "once in the batch, once alone"
+        await nothing_is_left(fresh)
+
+    fresh(story())
+
+
+def test_a_bad_token_in_a_later_part_of_a_long_prompt_fails_alone_too(
+    fresh: Running, poison: Poison
+) -> None:
+    async def story() -> None:
+        await fresh.swap("alpha")
+        long = (LONG * 5)[:600]  # three steps
+        prompts = [SHORT, [*long, BAD, *LONG], LONG, long]
+        answers = await at_once(fresh, *(fresh.answer(ids, 30) for ids in prompts))
+        assert isinstance(answers.pop(1), GenerationFailed)
+        del prompts[1]
+        for step, ids in zip(answers, prompts, strict=True):
+            assert fresh.is_exact(step, ids, 30)
+        assert poison.failed
+        await nothing_is_left(fresh)
+
+    fresh(story())
+
+
+def test_those_who_survive_draw_the_tokens_and_logprobs_that_they_would_have_drawn(
+    fresh: Running, poison: Poison
+) -> None:
+    samplings = [
+        Sampling(temperature=1.0, seed=5, logprobs=2),
+        Sampling(temperature=1.3, top_p=0.8, seed=6, logprobs=0),
+        Sampling(temperature=0.0, logprobs=3),
+    ]
+
+    async def story() -> None:
+        await fresh.swap("beta")
+        undisturbed = [await fresh.answer(SHORT, 25, sampling=one) for one in samplings]
+        tasks = [
+            asyncio.create_task(all_steps(fresh, SHORT, 25, sampling=one, stream=True))
+            for one in samplings
+        ]
+        manager = manager_of(fresh)
+        await until(lambda: len(manager.batch_processor.scheduler.active_requests) == 3)
+        with pytest.raises(GenerationFailed, match="poison"):
+            await fresh.answer([BAD])
+        for before, steps in zip(undisturbed, await asyncio.gather(*tasks), strict=True):
+            assert steps[-1].token_ids == before.token_ids
+            for step in steps:
+                assert len(step.logprobs) == len(step.token_ids)
+            assert_near(steps[-1].logprobs, before.logprobs)
+        assert poison.failed
+
+    fresh(story())
+
+
+def test_somebody_who_goes_away_or_comes_while_the_bad_one_is_looked_for_is_served(
+    fresh: Running, poison: Poison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the steps of the search: one request is cancelled, another one arrives."""
+    manager = manager_of(fresh)
+    searching, go = threading.Event(), threading.Event()
+    has_no_token = manager._has_no_token
+
+    def held(*args: Any) -> bool:
+        searching.set()
+        assert go.wait(10)
+        return has_no_token(*args)
+
+    async def story() -> None:
+        await fresh.swap("alpha")
+        monkeypatch.setattr(manager, "_has_no_token", held)
+        with manager.pause():
+            gone = asyncio.create_task(fresh.answer(SHORT, 100))
+            bad = asyncio.create_task(fresh.answer([BAD], 20))
+            good = asyncio.create_task(fresh.answer(LONG, 20))
+            await settled()
+        await until(searching.is_set)
+        gone.cancel()
+        newcomers = [asyncio.create_task(fresh.answer(ids, 20)) for ids in (SHORT, [BAD, 1])]
+        await settled()
+        go.set()
+        answers = await asyncio.gather(gone, bad, good, *newcomers, return_exceptions=True)
+        kinds = [type(answer) for answer in answers]
+        failed = GenerationFailed
+        assert kinds == [asyncio.CancelledError, failed, Said, Said, failed]
+        assert fresh.is_exact(answers[2], LONG, 20)
+        assert fresh.is_exact(answers[3], SHORT, 20)
+        assert poison.failed
+        await nothing_is_left(fresh)
+
+    fresh(story())
+
+
+def test_the_engine_can_be_stopped_while_a_bad_request_is_looked_for(
+    fresh: Running, poison: Poison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = manager_of(fresh)
+    searching, go = threading.Event(), threading.Event()
+    has_no_token = manager._has_no_token
+
+    def held(*args: Any) -> bool:
+        searching.set()
+        assert go.wait(10)
+        return has_no_token(*args)
+
+    async def story() -> None:
+        monkeypatch.setattr(manager, "_has_no_token", held)
+        with manager.pause():
+            tasks = [asyncio.create_task(fresh.answer(ids, 20)) for ids in (SHORT, [BAD], LONG)]
+            await settled()
+        await until(searching.is_set)
+        stopping = asyncio.create_task(asyncio.to_thread(fresh.engine.stop))
+        await until(lambda: manager.background_thread_status.local_status > 0)
+        go.set()
+        await stopping
+        assert not manager.is_running()
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(error, (EngineStopped, GenerationFailed))
+        assert poison.failed
+        assert fresh.engine.admission.running == 0
+
+    fresh(story())
+
+
+def test_bad_requests_one_after_another_do_not_stop_an_engine_that_works_between_them(
+    fresh: Running, poison: Poison
+) -> None:
+    async def story() -> None:
+        await fresh.swap("alpha")
+        for _ in range(6):
+            with pytest.raises(GenerationFailed, match="poison"):
+                await fresh.answer([BAD])
+            assert fresh.is_exact(await fresh.answer(SHORT), SHORT)
+        assert len(poison.failed) == 6
+        await nothing_is_left(fresh)
+
+    fresh(story())
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_an_engine_whose_every_step_fails_stops_and_nobody_waits_for_it(
+    fresh: Running, poison: Poison, together: bool
+) -> None:
+    poison.always = True
+
+    async def story() -> None:
+        if together:
+            answers = await at_once(fresh, *(fresh.answer(ids, 50) for ids in [SHORT, LONG] * 3))
+        else:
+            answers = []
+            while len(answers) < 6 and fresh.engine.alive:
+                answers += await at_once(fresh, fresh.answer(SHORT))
+            assert len(answers) == 4
+        assert {type(answer) for answer in answers} <= {GenerationFailed, EngineStopped}
+        await until(lambda: not fresh.engine.alive)
+        with pytest.raises(EngineStopped):
+            await fresh.answer(SHORT)
+        await until(lambda: fresh.engine.admission.running == 0)
+
+    fresh(story())
+
+
+async def nothing_is_left(running: Running) -> None:
+    assert running.engine.alive
+    await until(lambda: running.engine.admission.running == 0)
+    for manager in running.engine._managers:
+        scheduler = manager.batch_processor.scheduler
+        await until(lambda scheduler=scheduler: not scheduler.has_pending_requests())  # type: ignore[misc]
+        assert (scheduler.only, manager._logprobs) == (None, {})
+        assert not scheduler.waiting_requests_order
+
+
+# ---- a cache that is too small for all ----------------------------------------------------------
+
+
+@pytest.fixture
+def small(world: TinyWorld, images: dict[str, AdapterImage]) -> Iterator[Running]:
+    """Two requests of a hundred tokens fill its cache."""
+    yield from started(world, images, kv_cache_tokens=256, lanes=1)
+
+
+def soft_resets(running: Running, patch: pytest.MonkeyPatch) -> list[bool]:
+    """Grows whenever the cache was full."""
+    manager = manager_of(running).batch_processor.offloading_manager
+    offload, seen = manager.offload_requests, list[bool]()
+
+    def offload_requests() -> bool:
+        done = bool(offload())
+        seen.append(done)
+        return done
+
+    patch.setattr(manager, "offload_requests", offload_requests)
+    return seen
+
+
+def test_requests_that_do_not_all_fit_into_the_cache_finish_exactly(
+    small: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resets = soft_resets(small, monkeypatch)
+    sampling = Sampling(temperature=1.0, seed=11, logprobs=1)
+
+    async def story() -> None:
+        await small.swap("alpha")
+        alone = await small.answer(SHORT, 150, sampling=sampling)
+        prompts = [SHORT, LONG[:40], [9], [9, 8, 7], LONG[:33]]
+        *steps, sampled = await asyncio.gather(
+            *(small.answer(ids, 150) for ids in prompts),
+            small.answer(SHORT, 150, sampling=sampling),
+        )
+        assert any(resets), "the cache was large enough"
+        for step, ids in zip(steps, prompts, strict=True):
+            assert small.is_exact(step, ids, 150)
+        assert sampled.token_ids == alone.token_ids
+        assert_near(sampled.logprobs, alone.logprobs)
+
+    small(story())
+
+
+def test_whoever_waits_for_a_full_cache_gets_in_when_the_others_went_away(
+    small: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resets = soft_resets(small, monkeypatch)
+
+    async def story() -> None:
+        await small.swap("alpha")
+        scheduler = manager_of(small).batch_processor.scheduler
+        tasks = [asyncio.create_task(small.answer(ids, 200)) for ids in (SHORT, [9])]
+        await until(lambda: scheduler.block_new_requests)
+        with manager_of(small).pause():
+            [active] = scheduler.active_requests.values()
+            first = active.initial_tokens[: len(SHORT)] == SHORT
+            tasks[0 if first else 1].cancel()
+            await settled()
+        waited = tasks[1 if first else 0]
+        step = await asyncio.wait_for(waited, 10)
+        assert small.is_exact(step, [9] if first else SHORT, 200)
+        assert small.is_exact(await small.answer(LONG), LONG)
+        assert any(resets)
+
+    small(story())
+
+
+def test_a_bad_request_in_a_full_cache_fails_alone(
+    small: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison = Poison(small, monkeypatch)
+    resets = soft_resets(small, monkeypatch)
+
+    async def story() -> None:
+        await small.swap("alpha")
+        prompts = [SHORT, [9], [9, 8], LONG[:40]]
+        tasks = [asyncio.create_task(small.answer(ids, 150)) for ids in prompts]
+        await until(lambda: any(resets))
+        with pytest.raises(GenerationFailed):
+            await small.answer([BAD])
+        for step, ids in zip(await asyncio.gather(*tasks), prompts, strict=True):
+            assert small.is_exact(step, ids, 150)
+        assert poison.failed
+        await nothing_is_left(small)
+
+    small(story())
+
+
+def test_a_request_that_is_larger_than_the_cache_fails_and_nobody_else_does(
+    small: Running,
+) -> None:
+    async def story() -> None:
+        await small.swap("alpha")
+        beside = asyncio.create_task(small.answer(SHORT, 60))
+        await until(lambda: small.engine.admission.running == 1)
+        for ids, tokens in [(LONG * 2, 10), (LONG, 200), (SHORT, 1000)]:
+            with pytest.raises(GenerationFailed, match="KV cache"):
+                await small.answer(ids, tokens)
+        assert small.is_exact(await beside, SHORT, 60)
+        assert small.is_exact(await small.answer(LONG), LONG)
+        just = await small.answer(LONG, 256 - len(LONG))
+        assert small.is_exact(just, LONG, 256 - len(LONG))
+
+    small(story())
+
+
+# ---- sampling -----------------------------------------------------------------------------------
+
+
+def assert_near(some: list[TokenLogprobs], others: list[TokenLogprobs]) -> None:
+    assert len(some) == len(others)
+    for one, other in zip(some, others, strict=True):
+        assert one.chosen == pytest.approx(other.chosen, abs=1e-3)
+        assert [token for token, _ in one.top] == [token for token, _ in other.top]
+
+
+def test_a_seed_draws_the_same_tokens_whatever_runs_beside_it(eager: Running) -> None:
+    async def story() -> None:
+        await eager.swap("alpha")
+        seeded = Sampling(temperature=1.0, top_p=0.95, seed=42)
+        alone = await eager.answer(SHORT, 30, sampling=seeded)
+        unseeded = [
+            eager.answer(ids, 30, sampling=Sampling(temperature=1.0)) for ids in (SHORT, LONG, [9])
+        ]
+        batched, *_, again = await asyncio.gather(
+            eager.answer(SHORT, 30, sampling=seeded),
+            *unseeded,
+            eager.answer(SHORT, 30, sampling=seeded),
+        )
+        assert alone.token_ids == batched.token_ids == again.token_ids
+        other = await eager.answer(SHORT, 30, sampling=Sampling(temperature=1.0, seed=43))
+        assert other.token_ids != alone.token_ids
+        assert not eager.is_exact(alone, SHORT, 30)
+
+    eager(story())
+
+
+def test_the_likeliest_token_alone_is_the_greedy_one(eager: Running) -> None:
+    async def story() -> None:
+        await eager.swap("beta")
+        for sampling in (Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(temperature=1e-6)):
+            step = await eager.answer(LONG, sampling=sampling)
+            assert eager.is_exact(step, LONG)
+
+    eager(story())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logprobs_are_those_of_a_plain_model_one_for_each_token(
+    eager: Running, temperature: float
+) -> None:
+    async def story() -> None:
+        await eager.swap("alpha")
+        sampling = Sampling(temperature=temperature, seed=1, top_k=20, logprobs=3)
+        seen, _ = await asyncio.gather(
+            all_steps(eager, LONG, 15, sampling=sampling, stream=True), eager.answer(SHORT, 15)
+        )
+        step = seen[-1]
+        for one in seen:
+            assert len(one.logprobs) == len(one.token_ids)
+        model = eager.world._plain(step.revision)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([LONG + step.token_ids])).logits[0]
+        expected = logits[len(LONG) - 1 : -1].float().log_softmax(-1)
+        for token, found, line in zip(step.token_ids, step.logprobs, expected, strict=True):
+            assert found.chosen == pytest.approx(float(line[token]), abs=1e-3)
+            best = line.topk(3)
+            assert [token for token, _ in found.top] == best.indices.tolist()
+            assert [value for _, value in found.top] == pytest.approx(
+                best.values.tolist(), abs=1e-3
+            )
+
+    eager(story())
 
 
 # ---- compiled -----------------------------------------------------------------------------------

@@ -1106,7 +1106,7 @@ def test_an_adapter_that_cannot_be_packed_any_more_keeps_no_replica_from_its_def
             await hall.replicas("r2")
             await hall.until_serving("r1", "r2")
             assert hall.beside() == [{"alpha"}, set()]
-            reports = hall.controller._lines.reports
+            reports = hall.controller._reports.last
             await until(lambda: bool(reports()["r2"].refused))
             fleet = await hall.controller.fleet()
             assert str(fleet.replicas[1].failure).startswith(f"{loaded.revision}: ")

@@ -1,4 +1,4 @@
-"""Embeddings and classes: equal to plain PEFT models, whatever runs beside them; nothing compiles."""
+"""Embeddings and classes: as of plain PEFT models, whatever runs beside them; nothing compiles."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_interleaved_revisions_under_load_are_each_exact(encoder: Models, in_fli
         seen: set[str] = set()
 
         async def ask(pin: str | None) -> None:
-            while seen != {"base", "red", "blue"} or len(seen) < 3:
+            while len(seen) < 3:
                 name, found = await rows(engine, inputs, pin)
                 assert pin in (None, name)
                 seen.add(name)
@@ -348,7 +348,9 @@ def test_an_encoder_of_several_kinds_of_layers_compiles_completely(folder: Any) 
     config = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_heads=2)
     models = Models(T5EncoderModel(config), folder / "t5")
     inputs = texts(VOCABULARY, *LENGTHS)
-    with running(made(models, "mean", compile=True), models) as started:
+    # the graphs are what is counted here; their code would take a minute
+    stance = torch.compiler.set_stance("default", force_backend="eager")
+    with stance, running(made(models, "mean", compile=True), models) as started:
         engine = started.engine
 
         async def story() -> torch.Tensor:

@@ -459,7 +459,7 @@ def test_a_failed_clear_of_long_ago_does_not_unbind_the_lane() -> None:
 # ---- anything, in any order ---------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     lanes=st.integers(1, 4),

@@ -27,7 +27,7 @@ from serve_app.openai import (
     TokenScore,
     classification_document,
     embedding_document,
-    split_model,
+    find_pin,
 )
 from serve_app.sampling import Sampling
 
@@ -334,21 +334,24 @@ def test_the_shapes_are_in_the_api_schema(kind: type[BaseModel]) -> None:
 
 
 @pytest.mark.parametrize("served", ["tiny", "org/tiny:v1"])
-def test_a_pin_comes_behind_the_served_name(served: str) -> None:
+def test_a_pin_comes_behind_the_served_name_or_alone(served: str) -> None:
     for pin in ("pirate", "pirate@1234abcd", "pirate@" + "a" * 64, "base@00000000"):
-        assert split_model(f"{served}:{pin}", served) == pin
-    assert split_model(served, served) is None
-    assert split_model(None, served) is None
+        assert find_pin(f"{served}:{pin}", None, served=served) == pin
+        assert find_pin(pin, None, served=served) == pin
+    assert find_pin(served, None, served=served) is None
+    assert find_pin(None, None, served=served) is None
 
 
-@pytest.mark.parametrize(
-    "model", ["gpt-4", "tin", "tiny:", "tiny:a b", "tiny:a@", "tiny:a@12", "tinyx:a", "", "\ud800"]
-)
-def test_another_model_is_not_found(model: str) -> None:
+def test_a_pin_beside_the_model_counts_as_well() -> None:
+    for model in (None, "tiny", "tiny:pirate", "pirate"):
+        assert find_pin(model, "pirate", served="tiny") == "pirate"
+
+
+@pytest.mark.parametrize("model", ["tiny:other", "other", "tiny:"])
+def test_two_pins_that_are_not_the_same_are_refused(model: str) -> None:
     with pytest.raises(RequestRefused) as caught:
-        split_model(model, "tiny")
-    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
-    str(caught.value).encode()
+        find_pin(model, "pirate", served="tiny")
+    assert (caught.value.status, caught.value.code) == (400, "conflicting_revisions")
 
 
 def test_a_refusal_survives_pickle() -> None:

@@ -14,7 +14,7 @@ from .rollout.state import Desired
 
 
 @dataclass(slots=True)
-class Line:
+class OpenReport:
     """One replica's last report. `told`: what it heard since, so that the report is out of date."""
 
     report: Report
@@ -30,33 +30,33 @@ class Line:
         return self.told is not None or revision in map(key, self.report.beside)
 
 
-class Lines:
-    """Replica → its line. For one event loop."""
+class OpenReports:
+    """Replica → its last report. For one event loop."""
 
     def __init__(self) -> None:
-        self._lines: dict[str, Line] = {}
+        self._reports: dict[str, OpenReport] = {}
         self._heard = asyncio.Event()
 
-    def open(self, report: Report) -> Line:
+    def open(self, report: Report) -> OpenReport:
         """The newest report of a replica; it ends the older one."""
-        line = Line(report)
-        if (older := self._lines.get(report.replica)) is not None:
+        line = OpenReport(report)
+        if (older := self._reports.get(report.replica)) is not None:
             older.changed.set()
-        self._lines[report.replica] = line
+        self._reports[report.replica] = line
         return line
 
     def close(self, replica: str) -> None:
-        self._lines.pop(replica, None)
+        self._reports.pop(replica, None)
 
-    def items(self) -> Iterator[tuple[str, Line]]:
-        return iter(self._lines.items())
+    def items(self) -> Iterator[tuple[str, OpenReport]]:
+        return iter(self._reports.items())
 
-    def reports(self) -> dict[str, Report]:
-        return {name: line.report for name, line in self._lines.items()}
+    def last(self) -> dict[str, Report]:
+        return {name: line.report for name, line in self._reports.items()}
 
-    def of(self, replicas: Iterable[str]) -> dict[str, Line | None]:
-        """Those replicas with their lines; None for one that was not heard of yet."""
-        return {name: self._lines.get(name) for name in replicas}
+    def of(self, replicas: Iterable[str]) -> dict[str, OpenReport | None]:
+        """Those replicas with what they said; None for one that was not heard of yet."""
+        return {name: self._reports.get(name) for name in replicas}
 
     def wake(self) -> None:
         """Something was heard or decided: whoever waits looks again."""

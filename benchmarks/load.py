@@ -1,0 +1,204 @@
+"""Load with fixed seeds: what is asked and when, clients that ask it, and what they saw.
+
+``python -m benchmarks.load`` is the clients over HTTP in a process of their own: one JSON document
+on standard input says what to ask (`Job`), standard output gives a line for each answer. Imports
+neither torch nor ray, so that it starts at once. Times are seconds since the epoch, because another
+process has to know which requests met a swap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+from typing import Any
+
+import httpx
+
+PROMPT_TOKENS = (24, 100)  # a prompt has as many as this to as many as that
+LOWEST_ID = 20  # those below are special in the embedded model
+TIMEOUT_S = 300.0
+
+Body = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One request. `due_at`: when it should have been sent. `error`: why it has no answer."""
+
+    index: int
+    due_at: float
+    ended_at: float
+    first_at: float | None = None  # of a stream: when the first event came
+    tokens: int = 0
+    revision: str = ""
+    token_ids: tuple[int, ...] = ()
+    error: str | None = None
+
+    @property
+    def latency_s(self) -> float:
+        """From when it was due, so that a client held up by slow answers does not hide them."""
+        return self.ended_at - self.due_at
+
+    @property
+    def first_token_s(self) -> float:
+        return (self.first_at or self.ended_at) - self.due_at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to ask over HTTP. Without `due_s`, `clients` ask one after the other (a closed loop).
+
+    `due_s`: for each body, how many seconds after the start to send it, whatever else is running
+    (an open loop). `endless`: the bodies again and again, until standard input ends.
+    """
+
+    url: str
+    bodies: list[Body]
+    stream: bool
+    clients: int = 1
+    due_s: list[float] | None = None
+    endless: bool = False
+
+
+Ask = Callable[[int, Body, float], Awaitable[Sample]]
+"""(index, body, due_at) → the answer; never raises for a request that failed."""
+
+
+def prompts(seed: int, number: int, *, vocabulary: int) -> list[list[int]]:
+    """Random token ids of mixed lengths; no two prompts share a prefix that a cache could find."""
+    order = random.Random(seed)
+    return [
+        [order.randrange(LOWEST_ID, vocabulary) for _ in range(order.randint(*PROMPT_TOKENS))]
+        for _ in range(number)
+    ]
+
+
+def completions(asked: Iterable[list[int]], *, max_tokens: int) -> list[Body]:
+    return [{"prompt": ids, "max_tokens": max_tokens, "temperature": 0} for ids in asked]
+
+
+def arrivals(seed: int, *, per_second: float, seconds: float) -> list[float]:
+    """Poisson arrivals: when each is due, in seconds after the start."""
+    order = random.Random(seed)
+    due, at = [], order.expovariate(per_second)
+    while at < seconds:
+        due.append(at)
+        at += order.expovariate(per_second)
+    return due
+
+
+async def closed_loop(
+    ask: Ask, bodies: Sequence[Body], *, clients: int, stop: threading.Event | None = None
+) -> list[Sample]:
+    """Each client asks again when it has its answer; with `stop`, until that is set."""
+    numbers = count()
+    samples: list[Sample] = []
+
+    async def client() -> None:
+        for number in numbers:
+            if stop.is_set() if stop else number >= len(bodies):
+                return
+            samples.append(await ask(number, bodies[number % len(bodies)], time.time()))
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return samples
+
+
+async def open_loop(ask: Ask, bodies: Sequence[Body], due_s: Sequence[float]) -> list[Sample]:
+    began_at = time.time()
+
+    async def one(number: int) -> Sample:
+        due_at = began_at + due_s[number]
+        await asyncio.sleep(max(0.0, due_at - time.time()))
+        return await ask(number, bodies[number], due_at)
+
+    return await asyncio.gather(*map(one, range(len(due_s))))
+
+
+# ---- over HTTP ----------------------------------------------------------------------------------
+
+
+def over_http(client: httpx.AsyncClient, *, stream: bool) -> Ask:
+    async def ask(index: int, body: Body, due_at: float) -> Sample:
+        try:
+            seen = await (_streamed if stream else _whole)(client, body)
+        except Exception as error:  # whatever it was, somebody went without an answer
+            why = f"{type(error).__name__}: {error}"[:300]
+            return Sample(index=index, due_at=due_at, ended_at=time.time(), error=why)
+        return Sample(index=index, due_at=due_at, ended_at=time.time(), **seen)
+
+    return ask
+
+
+def _path(body: Body) -> str:
+    return "/v1/chat/completions" if "messages" in body else "/v1/completions"
+
+
+async def _whole(client: httpx.AsyncClient, body: Body) -> dict[str, Any]:
+    response = await client.post(_path(body), json=body)
+    if not response.is_success:
+        raise RuntimeError(f"{response.status_code} {response.text}")
+    return seen_in(response.json())
+
+
+def seen_in(document: Body) -> dict[str, Any]:
+    """A whole answer, as the fields of a `Sample`."""
+    return {
+        "tokens": document["usage"]["completion_tokens"],
+        "revision": document["system_fingerprint"],
+        "token_ids": tuple(i for each in document["choices"] for i in each.get("token_ids") or ()),
+    }
+
+
+async def _streamed(client: httpx.AsyncClient, body: Body) -> dict[str, Any]:
+    asked = body | {"stream": True, "stream_options": {"include_usage": True}}
+    seen: dict[str, Any] = {"token_ids": ()}
+    async with client.stream("POST", _path(body), json=asked) as response:
+        if not response.is_success:
+            raise RuntimeError(f"{response.status_code} {(await response.aread()).decode()}")
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            seen.setdefault("first_at", time.time())
+            chunk = json.loads(line.removeprefix("data: "))
+            if "error" in chunk:
+                raise RuntimeError(chunk["error"]["message"])
+            seen["revision"] = chunk["system_fingerprint"]
+            for choice in chunk["choices"]:
+                seen["token_ids"] += tuple(choice.get("token_ids") or ())
+            if chunk.get("usage"):
+                seen["tokens"] = chunk["usage"]["completion_tokens"]
+    if "tokens" not in seen:
+        raise RuntimeError("the stream has no end")
+    return seen
+
+
+async def _run(job: Job, stop: threading.Event | None) -> list[Sample]:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=job.url, timeout=TIMEOUT_S, limits=limits) as client:
+        ask = over_http(client, stream=job.stream)
+        # a connection that is already there, for a start that is like the rest
+        await client.get("/health")
+        if job.due_s is not None:
+            return await open_loop(ask, job.bodies, job.due_s)
+        return await closed_loop(ask, job.bodies, clients=job.clients, stop=stop)
+
+
+def main() -> None:
+    job = Job(**json.loads(sys.stdin.readline()))
+    stop = threading.Event() if job.endless else None
+    if stop:
+        threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+    for sample in asyncio.run(_run(job, stop)):
+        print(json.dumps(asdict(sample)))
+
+
+if __name__ == "__main__":
+    main()

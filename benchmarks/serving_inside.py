@@ -1,0 +1,336 @@
+"""Inside one process, without Serve: what being swappable costs, what lanes do, what to compile.
+
+Nothing of this is held to a bar; it says where the throughput of the other rows comes from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+
+from benchmarks.load import prompts
+from benchmarks.serving_bare import Bare, bare, manager_of, plain_peft, saturate
+from benchmarks.serving_figures import Figure, paired, summary
+from benchmarks.serving_throughput import CANARY, EVERY
+from benchmarks.serving_world import World, cores
+from hotswap_lib import Slot, pack
+from serve_app.attention import make_opaque
+from serve_app.causal import CausalEngine
+from serve_app.loading import load
+from serve_app.regions import compile_layers, compile_regions
+from serve_app.sampling import Sampling
+from serve_app.settings import parse
+
+BATCHES = (1, 8, 32)
+STEPS = 8  # measured in a row before it is another variant's turn
+_FIRST_STEPS = 2  # of a run: prompts are in them
+_STEP_PROMPT = 4  # tokens; the prompts of the biggest batch fit in one step
+_GREEDY = Sampling(temperature=0.0)
+
+
+@contextmanager
+def _own_compiler() -> Iterator[None]:
+    """Every model is the same code to dynamo, which counts how often it compiles it."""
+    torch.set_num_threads(cores())
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
+    torch.compiler.reset()
+    gc.collect()
+
+
+# ---- the engine, in hand ------------------------------------------------------------------------
+
+
+class InHand:
+    """A started engine of the application, and its loop."""
+
+    def __init__(self, world: World) -> None:
+        settings = parse({**world.settings, "torch_threads": cores()})
+        loaded = load(settings)
+        self.slot: Slot = loaded.slot
+        self.slot.commit(self.slot.stage(pack(str(world.first), self.slot.layout)))
+        self.engine = CausalEngine(self.slot, settings, eos_token_ids=loaded.eos_token_ids)
+        self._runner = asyncio.Runner()
+        self.engine.start()
+        self._runner.run(self.engine.warm_up())
+        self.engine.admission.open()
+
+    def close(self) -> None:
+        self.engine.stop()
+        self._runner.close()
+
+    def hold(self, world: World) -> str:
+        """The canary beside the default; returns its revision."""
+        image = pack(str(world.adapters[1]), self.slot.layout)
+        self._runner.run(self.engine.hold(self.slot.stage(image)))
+        return str(image.revision)
+
+    def saturate(
+        self,
+        asked: Sequence[list[int]],
+        *,
+        clients: int,
+        max_tokens: int,
+        pins: Sequence[str | None] | None = None,
+    ) -> dict[str, float]:
+        named = pins or [None] * len(asked)
+        left = list(zip(asked, named, strict=True))[::-1]
+
+        async def client() -> int:
+            tokens = 0
+            while left:
+                tokens += await self._answer(*left.pop(), max_tokens)
+            return tokens
+
+        async def everybody() -> int:
+            return sum(await asyncio.gather(*(client() for _ in range(clients))))
+
+        began = time.perf_counter()
+        tokens = self._runner.run(everybody())
+        return {"tokens": tokens, "seconds": time.perf_counter() - began}
+
+    async def _answer(self, ids: list[int], pin: str | None, max_tokens: int) -> int:
+        async with self.engine.admit(pin) as ticket:
+            steps = ticket.generate(ids, max_tokens=max_tokens, sampling=_GREEDY, stream=False)
+            return [len(step.token_ids) async for step in steps][-1]
+
+
+@dataclass
+class Counted:
+    """What the lanes of an engine did: the requests in each step, and what commits took."""
+
+    batches: list[list[int]]
+    step_s: list[list[float]]  # with the wait for the other lane's turn
+    commit_s: list[float] = field(default_factory=list)
+
+    def document(self, seconds: float) -> dict[str, Any]:
+        return {
+            "commits": len(self.commit_s),
+            "commit_ms": round(statistics.median(self.commit_s or [0]) * 1e3, 3),
+            "commits_share": round(sum(self.commit_s) / seconds, 4),
+            "lanes": [
+                {
+                    "steps_per_second": round(len(batches) / seconds, 2),
+                    "mean_batch": round(statistics.mean(batches), 2),
+                    "mean_step_ms": round(statistics.mean(steps) * 1e3, 2),
+                }
+                for batches, steps in zip(self.batches, self.step_s, strict=True)
+                if batches
+            ],
+        }
+
+
+@contextmanager
+def counting(engine: CausalEngine) -> Iterator[Counted]:
+    managers = engine._managers
+    counted = Counted(batches=[[] for _ in managers], step_s=[[] for _ in managers])
+    commit = Slot.commit
+
+    def timed_commit(slot: Slot, *args: Any) -> Any:
+        began = time.perf_counter()
+        receipt = commit(slot, *args)
+        counted.commit_s.append(time.perf_counter() - began)
+        return receipt
+
+    def watched(lane: int, manager: Any) -> Callable[[], None]:
+        step = manager._generation_step
+
+        def run() -> None:
+            batch = len(manager.batch_processor.inputs_and_outputs.requests_in_batch)
+            began = time.perf_counter()
+            step()
+            counted.step_s[lane].append(time.perf_counter() - began)
+            counted.batches[lane].append(batch)
+
+        return run
+
+    with mock.patch.object(Slot, "commit", timed_commit):
+        for lane, manager in enumerate(managers):
+            manager._generation_step = watched(lane, manager)
+        try:
+            yield counted
+        finally:
+            for manager in managers:
+                del manager._generation_step
+
+
+def lanes(world: World) -> Iterator[Figure]:
+    """Where the throughput of a 10 % canary goes."""
+    effort = world.effort
+    with _own_compiler():
+        hand = InHand(world)
+        try:
+            revision = hand.hold(world)
+            pins = [revision if i % EVERY == 0 else None for i in range(effort.requests)]
+            speeds: dict[str, list[float]] = {"stable": [], CANARY: []}
+            found: dict[str, dict[str, Any]] = {}
+            for turn in range(effort.rounds):
+                asked = prompts(turn, effort.requests, vocabulary=world.vocabulary)
+                for way, named in (("stable", None), (CANARY, pins)):
+                    with counting(hand.engine) as counted:
+                        took = hand.saturate(
+                            asked, clients=world.concurrency, max_tokens=effort.tokens, pins=named
+                        )
+                    speeds[way].append(took["tokens"] / took["seconds"])
+                    found[way] = counted.document(took["seconds"])
+        finally:
+            hand.close()
+    for way in speeds:
+        parts = ", ".join(
+            f"{lane['steps_per_second']:.1f} steps/s of {lane['mean_batch']:.1f}"
+            for lane in found[way]["lanes"]
+        )
+        yield Figure(
+            name=f"lanes, {way}",
+            value=statistics.median(speeds[way]),
+            unit="tokens/s",
+            says=f"{parts}; {found[way]['commits']} commits of {found[way]['commit_ms']:.1f} ms = "
+            f"{100 * found[way]['commits_share']:.1f} % of the time",
+            detail=found[way] | summary(speeds[way]),
+        )
+    yield Figure(
+        name="tokens/s, 10 % canary / stable alone, in process",
+        value=paired(speeds[CANARY], speeds["stable"]),
+        unit="x",
+    )
+
+
+# ---- the price of being swappable ---------------------------------------------------------------
+
+
+def merged(world: World) -> Iterator[Figure]:
+    """The engine against a bare manager over merged weights, compiled the same way."""
+    effort, what = world.effort, bare(world, threads=cores())
+    speeds: dict[str, list[float]] = {"engine": [], "merged": []}
+    with _own_compiler():
+        model = plain_peft(what).merge_and_unload()
+        assert make_opaque(model)
+        compile_layers(model)
+        manager = manager_of(model, what)
+        manager.warmup()
+        manager.start()
+        hand = InHand(world)
+        ways = {"engine": hand.saturate, "merged": _of(manager)}
+        try:
+            for turn in range(-1, effort.rounds):
+                asked = prompts(turn, effort.requests, vocabulary=world.vocabulary)
+                for way in sorted(ways, reverse=turn % 2 == 1):
+                    tokens = effort.tokens if turn >= 0 else 4
+                    took = ways[way](asked, clients=world.concurrency, max_tokens=tokens)
+                    if turn >= 0:
+                        speeds[way].append(took["tokens"] / took["seconds"])
+        finally:
+            hand.close()
+            manager.stop(block=True, timeout=10, hard_stop=True)
+    yield Figure(
+        name="tokens/s, engine / merged weights",
+        value=paired(speeds["engine"], speeds["merged"]),
+        unit="x",
+        says="the price of being swappable, in process; "
+        + " / ".join(f"{statistics.median(values):.0f}" for values in speeds.values())
+        + " tokens/s",
+        detail={way: summary(values) for way, values in speeds.items()},
+    )
+
+
+def _of(manager: Any) -> Callable[..., dict[str, float]]:
+    def run(asked: Sequence[list[int]], **how: Any) -> dict[str, float]:
+        return saturate(manager, asked, **how)
+
+    return run
+
+
+# ---- what to compile ----------------------------------------------------------------------------
+
+
+class _Timed(ContinuousBatchingManager):  # type: ignore[misc]
+    """Remembers for each step how many requests were in it, and how long it took."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        self.steps: list[tuple[int, float]] = []
+
+    def _generation_step(self) -> None:
+        batch = len(self.batch_processor.inputs_and_outputs.requests_in_batch)
+        began = time.perf_counter()
+        super()._generation_step()
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.steps.append((batch, time.perf_counter() - began))
+
+    def run(self, batch: int) -> list[float]:
+        """Seconds of the steps in which so many requests generated a token each."""
+        self.steps.clear()
+        asked = [[100 + i] * _STEP_PROMPT for i in range(batch)]
+        saturate(self, asked, clients=batch, max_tokens=STEPS + _FIRST_STEPS + 1)
+        return [took_s for size, took_s in self.steps if size == batch][_FIRST_STEPS:]
+
+
+def steps(world: World) -> Iterator[Figure]:
+    """What a step takes with nothing, with small regions, and with whole layers compiled."""
+    what = bare(world, threads=cores())
+    with _own_compiler():
+        models = {
+            "PEFT, not compiled": plain_peft(what),
+            "compiled layers": _prepared(world, whole_layers=True),
+            "compiled regions": _prepared(world, whole_layers=False),
+        }
+        managers = {name: manager_of(model, what, _Timed) for name, model in models.items()}
+        for manager in managers.values():
+            manager.start()
+        try:
+            times = {batch: _step_times(managers, batch, world) for batch in BATCHES}
+        finally:
+            for manager in managers.values():
+                manager.stop(block=True, timeout=10, hard_stop=True)
+    for batch, took in times.items():
+        medians = {name: statistics.median(values) for name, values in took.items()}
+        plain, whole, regions = medians.values()
+        yield Figure(
+            name=f"step of batch {batch}, compiled layers / PEFT",
+            value=whole / plain,
+            unit="x",
+            says=f"{whole * 1e3:.1f} / {plain * 1e3:.1f} ms; "
+            f"small regions {regions * 1e3:.1f} ms, {regions / plain:.2f} x",
+            detail={name: summary([1e3 * v for v in values]) for name, values in took.items()},
+        )
+
+
+def _step_times(managers: dict[str, Any], batch: int, world: World) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in managers}
+    turns, order = list(managers), random.Random(0)
+    for turn in range(-2, world.effort.step_rounds):  # the first ones compile and warm up
+        order.shuffle(turns)
+        for name in turns:
+            took = managers[name].run(batch)
+            if turn >= 0:
+                times[name] += took
+    return times
+
+
+def _prepared(world: World, *, whole_layers: bool) -> Any:
+    settings = parse({**world.settings, "torch_threads": cores()})
+    slot = load(settings).slot
+    slot.commit(slot.stage(pack(str(world.first), slot.layout)))
+    model: Any = slot.model.base_model.model
+    if whole_layers:
+        assert make_opaque(model)
+        compile_layers(model)
+    else:
+        compile_regions(model)
+    return slot.model
+
+
+__all__ = ["Bare", "lanes", "merged", "steps"]

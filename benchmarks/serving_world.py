@@ -1,0 +1,179 @@
+"""What the serving benchmarks serve: a model, adapters for it, and how much of it to measure."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from serve_app import embedded
+from serve_app.settings import EMBEDDED
+
+ADAPTERS = ("pirate", "terse_json", "shakespeare")  # the first is what is measured with
+PAGE_TOKENS = 32  # of the cache, as serve_app.causal has it
+# 1.1 billion parameters: the shape of TinyLlama, with the embedded model's vocabulary
+SHAPE_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
+SHAPE_TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How much to measure. `tokens`: of each answer where throughput is what counts."""
+
+    rounds: int
+    requests: int
+    tokens: int
+    load_s: float  # of open-loop load, for each policy
+    swap_every_s: float
+    load_tokens: int
+    swaps: int  # of the whole fleet, for each policy
+    step_rounds: int
+    start_model: str | None  # what the start times are taken with; None: what is served
+
+
+FULL = Effort(
+    rounds=3,
+    requests=64,
+    tokens=48,
+    load_s=100,
+    swap_every_s=4,
+    load_tokens=16,
+    swaps=50,
+    step_rounds=12,
+    start_model=None,
+)
+QUICK = Effort(
+    rounds=1,
+    requests=32,
+    tokens=8,
+    load_s=8,
+    swap_every_s=3,
+    load_tokens=8,
+    swaps=4,
+    step_rounds=2,
+    start_model="tiny",
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """`model`: the setting. `base`: its folder. `exact`: reference answers can be had for it."""
+
+    model: str
+    base: str
+    adapters: tuple[Path, ...]
+    folder: Path
+    effort: Effort
+    concurrency: int
+    exact: bool
+
+    @cached_property
+    def vocabulary(self) -> int:
+        return int(AutoConfig.from_pretrained(self.base).get_text_config().vocab_size)
+
+    @property
+    def first(self) -> Path:
+        return self.adapters[0]
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Those of `serve run` where they are enough for the concurrency."""
+        needed = self.concurrency * 5 * PAGE_TOKENS  # the longest prompt and answer fit in 5 pages
+        return {
+            "model": self.model,
+            "adapter": str(self.first),
+            "max_ongoing_requests": max(64, self.concurrency),
+            "kv_cache_tokens": max(8192, needed),
+        }
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def make_world(
+    *, model: str, random_1b: bool, folder: Path, effort: Effort, concurrency: int
+) -> World:
+    if random_1b:
+        model = str(random_model(folder / "random-1b", SHAPE_1B, dtype=torch.bfloat16))
+    own = model == EMBEDDED
+    base = str(embedded.base_model_path()) if own else model
+    adapters = (
+        tuple(embedded.ADAPTERS / name for name in ADAPTERS)
+        if own
+        else random_adapters(base, folder / "adapters")
+    )
+    return World(
+        model=model,
+        base=base,
+        adapters=adapters,
+        folder=folder,
+        effort=effort,
+        concurrency=concurrency,
+        exact=own,
+    )
+
+
+def random_model(folder: Path, shape: Mapping[str, int], *, dtype: torch.dtype) -> Path:
+    """A Llama with random weights and the embedded model's tokenizer."""
+    source = embedded.base_model_path()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    config = transformers.LlamaConfig(
+        vocab_size=AutoConfig.from_pretrained(source).vocab_size,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        max_position_embeddings=4096,
+        **shape,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(dtype)
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def random_adapters(base: str, folder: Path) -> tuple[Path, ...]:
+    """One for each name, of different ranks, all within the default envelope."""
+    paths = []
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    for rank, name in zip((8, 16, 4), ADAPTERS, strict=True):
+        adapted = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
+        torch.manual_seed(rank)
+        for key, parameter in adapted.named_parameters():
+            if "lora_" in key:
+                parameter.data.normal_(std=0.02)
+        adapted.save_pretrained(str(folder / name))
+        model = adapted.unload()
+        paths.append(folder / name)
+    return tuple(paths)
+
+
+def fresh_cache(world: World, name: str) -> Path:
+    """A cache folder (`$HOTSWAP_CACHE`) in which nothing was compiled yet, with the model in it."""
+    folder = world.folder / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    if world.model == EMBEDDED:
+        (folder / Path(world.base).name).symlink_to(world.base)
+    return folder
