@@ -14,12 +14,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import Self, TypeVar
 from urllib.parse import quote
 
 import httpx
 from pydantic import ValidationError
 
+from serve_app.rollout.plan import InFlight, Strategy
 from serve_app.views import (
     AdapterList,
     AdapterView,
@@ -32,8 +33,6 @@ from serve_app.views import (
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
-Strategy = Literal["rolling", "all_at_once"]
-InFlight = Literal["drain", "overlap"]
 
 T = TypeVar("T")
 V = TypeVar("V", bound=View)

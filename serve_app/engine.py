@@ -15,17 +15,17 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from hotswap_lib import CompileGuard, Receipt, Revision, Slot, Staged
 
 from .admission import Admission
+from .rollout.plan import InFlight
 from .sampling import Sampling, TokenLogprobs
 from .settings import Settings
 from .turns import Turns
 from .views import LaneView
 
-InFlight = Literal["drain", "overlap"]
 T = TypeVar("T")
 
 

@@ -69,12 +69,17 @@ class Gateway:
     """The routes over two handles. `app()` builds the FastAPI application."""
 
     def __init__(
-        self, settings: Settings, model: DeploymentHandle, controller: DeploymentHandle
+        self,
+        settings: Settings,
+        model: DeploymentHandle,
+        controller: DeploymentHandle,
+        *,
+        presence: Presence | None = None,
     ) -> None:
         self._settings = settings
         self._model = model
         self._controller = controller
-        self._presence = Presence(controller)
+        self._presence = presence or Presence(controller)
 
     def app(self) -> FastAPI:
         # slashes are not made up for: the redirect would not be in OpenAI's shapes

@@ -20,7 +20,6 @@ from ray.serve.handle import DeploymentHandle
 from .views import FleetView
 
 PATIENCE_S = 5.0
-_LOOK_S = 1.0  # how long one look is good for
 _LOOK_TIMEOUT_S = 5.0
 T = TypeVar("T")
 
@@ -35,11 +34,17 @@ class NobodyServes(Exception):
 
 
 class Presence:
-    """For one event loop. `controller`: the handle that says who is there."""
+    """For one event loop. `controller`: the handle that says who is there.
 
-    def __init__(self, controller: DeploymentHandle, *, patience_s: float = PATIENCE_S) -> None:
+    `look_s`: how long one look is good for.
+    """
+
+    def __init__(
+        self, controller: DeploymentHandle, *, patience_s: float = PATIENCE_S, look_s: float = 1.0
+    ) -> None:
         self._controller = controller
         self._patience_s = patience_s
+        self._look_s = look_s
         self._nobody = True  # until the first look: a fleet that starts has nobody
         self._look: asyncio.Task[bool] | None = None
         self._looked_at = 0.0
@@ -59,7 +64,7 @@ class Presence:
                     break
                 if not await self._somebody():
                     raise NobodyServes
-                patience_s = _LOOK_S
+                patience_s = self._look_s
             return await waiting
         finally:
             waiting.cancel()  # which takes a call that nobody has taken out of the handle's queue
@@ -67,7 +72,7 @@ class Presence:
     async def _somebody(self) -> bool:
         """Whether a replica is there, as far as anybody knows. One look serves all who ask."""
         now = asyncio.get_running_loop().time()
-        if self._look is None or (self._look.done() and now > self._looked_at + _LOOK_S):
+        if self._look is None or (self._look.done() and now > self._looked_at + self._look_s):
             self._looked_at = now
             self._look = asyncio.create_task(self._ask())
         return await asyncio.shield(self._look)

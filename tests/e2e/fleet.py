@@ -12,6 +12,7 @@ import httpx
 import psutil
 
 from serve_app.client import HotswapClient
+from serve_app.rollout.plan import InFlight, Strategy
 from serve_app.views import FleetView, ReplicaView
 
 from .tiny_world import TinyWorld
@@ -77,11 +78,12 @@ class Fleet:
         want = self.world.expected(answer.revision, answer.prompt_ids, answer.max_tokens)
         return answer.token_ids == want
 
-    def roll(self, name: str, *, strategy: str = "rolling") -> str:
+    def roll(
+        self, name: str, *, strategy: Strategy = "rolling", in_flight: InFlight | None = None
+    ) -> str:
         """Move the fleet to an adapter and wait; returns its revision."""
         rollout = self.client.start(
-            adapter=str(self.world.adapter(name)),
-            strategy=strategy,  # type: ignore[arg-type]
+            adapter=str(self.world.adapter(name)), strategy=strategy, in_flight=in_flight
         )
         ended = self.client.wait(rollout.id, timeout_s=60)
         assert ended.state == "succeeded", ended

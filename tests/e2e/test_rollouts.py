@@ -13,6 +13,7 @@ from ray import serve
 
 from hotswap_lib import AdapterRefused
 from serve_app.client import RequestRefused
+from serve_app.rollout.plan import InFlight
 
 from .bad_adapters import BAD, make_bad
 from .fleet import Fleet, Load
@@ -26,13 +27,14 @@ def hotswap(fleet: Fleet, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.parametrize("in_flight", ["overlap", "drain"])
 def test_a_rolling_swap_under_load_answers_every_request_with_the_revision_it_names(
-    fleet: Fleet,
+    fleet: Fleet, in_flight: InFlight
 ) -> None:
     with Load(fleet, clients=6) as load:
         load.wait_for(20)
         for name in ("beta", "gamma", "alpha", "beta"):
-            revision = fleet.roll(name)
+            revision = fleet.roll(name, in_flight=in_flight)
             load.wait_for(20)
             assert revision == fleet.world.revision(name)
     assert load.failures == []
@@ -40,6 +42,7 @@ def test_a_rolling_swap_under_load_answers_every_request_with_the_revision_it_na
     assert {fleet.world.revisions[a.revision] for a in load.answers} == {"alpha", "beta", "gamma"}
     view = fleet.settle(replicas=2)
     assert [r.last_swap.copies for r in view.replicas if r.last_swap] == [1, 1]
+    assert [r.last_swap.in_flight for r in view.replicas if r.last_swap] == [in_flight] * 2
 
 
 def test_all_at_once_reaches_every_replica(fleet: Fleet) -> None:
