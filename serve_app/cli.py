@@ -17,15 +17,9 @@ import typer
 from rich.console import Console, RenderableType
 from typer.core import TyperGroup
 
-from serve_app.client import (
-    DEFAULT_URL,
-    HotswapClient,
-    InFlight,
-    RequestRefused,
-    ServerUnreachable,
-    Strategy,
-)
+from serve_app.client import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
 from serve_app.printing import complain, draw, show
+from serve_app.rollout.plan import InFlight, Strategy
 from serve_app.screen import (
     adapters_screen,
     fleet_screen,

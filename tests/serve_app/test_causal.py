@@ -19,10 +19,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+)
+from transformers.generation.continuous_batching.requests import RequestState
+from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 from hotswap_lib import AdapterImage, Envelope, Revision, Slot, pack, prepare
 from serve_app.admission import DrainTimeout
-from serve_app.causal import CausalEngine, _Manager
+from serve_app.causal import CausalEngine, _Manager, _Scheduler
 from serve_app.engine import EngineStopped, GenerationFailed, InFlight, Step
 from serve_app.sampling import Sampling, TokenLogprobs
 from serve_app.settings import Settings
@@ -604,7 +610,8 @@ def test_somebody_who_goes_away_or_comes_while_the_bad_one_is_looked_for_is_serv
         newcomers = [asyncio.create_task(fresh.answer(ids, 20)) for ids in (SHORT, [BAD, 1])]
         await settled()
         go.set()
-        answers = await asyncio.gather(gone, bad, good, *newcomers, return_exceptions=True)
+        tasks: list[asyncio.Task[Any]] = [gone, bad, good, *newcomers]
+        answers: list[Any] = await asyncio.gather(*tasks, return_exceptions=True)
         kinds = [type(answer) for answer in answers]
         failed = GenerationFailed
         assert kinds == [asyncio.CancelledError, failed, Said, Said, failed]
@@ -701,7 +708,7 @@ async def nothing_is_left(running: Running) -> None:
 @pytest.fixture
 def small(world: TinyWorld, images: dict[str, AdapterImage]) -> Iterator[Running]:
     """Two requests of a hundred tokens fill its cache."""
-    yield from started(world, images, kv_cache_tokens=256, lanes=1)
+    yield from started(world, images, kv_cache_tokens=256, max_model_len=256, lanes=1)
 
 
 def soft_resets(running: Running, patch: pytest.MonkeyPatch) -> list[bool]:
@@ -807,7 +814,7 @@ def test_a_request_that_is_larger_than_the_cache_fails_and_nobody_else_does(
 # ---- sampling -----------------------------------------------------------------------------------
 
 
-def assert_near(some: list[TokenLogprobs], others: list[TokenLogprobs]) -> None:
+def assert_near(some: Sequence[TokenLogprobs], others: Sequence[TokenLogprobs]) -> None:
     assert len(some) == len(others)
     for one, other in zip(some, others, strict=True):
         assert one.chosen == pytest.approx(other.chosen, abs=1e-3)
@@ -895,6 +902,38 @@ def test_nothing_is_compiled_after_the_warm_up_whatever_comes(compiled: Running)
     compiled(story())
 
 
+def test_nothing_is_compiled_with_lanes_swaps_and_sampling_of_every_kind(compiled: Running) -> None:
+    samplings = [
+        GREEDY,
+        Sampling(temperature=0.0, logprobs=5),
+        Sampling(temperature=0.7, top_p=0.9, top_k=5, seed=1),
+        Sampling(temperature=1.0, logprobs=0),
+    ]
+
+    async def story() -> None:
+        await compiled.engine.warm_up()
+        await compiled.swap("alpha")
+        await compiled.hold("gamma")
+        for number, name in enumerate(["beta", "alpha", "beta"]):
+            old = compiled.engine.default
+            long = asyncio.create_task(compiled.answer(LONG[: 40 + number], 30))
+            await until(lambda: compiled.engine._running[old] > 0)  # noqa: B023
+            await compiled.swap(name, "overlap")
+            asks = [
+                compiled.answer(LONG[: 1 + 41 * i], 5, sampling=sampling, pin=pin)
+                for i, sampling in enumerate(samplings)
+                for pin in (None, "gamma")[: 1 + number % 2]
+            ]
+            await asyncio.gather(*asks)
+            step = await long
+            assert (step.revision, len(step.token_ids)) == (str(old), 30)
+            assert compiled.is_exact(step, LONG[: 40 + number], 30)
+        compiled.engine.drop(compiled.images["gamma"].revision)
+        compiled.engine.guard.check()
+
+    compiled(story())
+
+
 # ---- canaries: what the engine relies on and nobody promised ------------------------------------
 
 
@@ -945,7 +984,10 @@ def test_transformers_still_keeps_result_handlers_under_a_lock(eager: Running) -
 def test_transformers_still_takes_a_ready_made_list_of_processors(eager: Running) -> None:
     processors = manager_of(eager).logit_processor
     assert hasattr(processors, "tensors_required"), "logit_processor.tensors_required is gone"
-    assert processors.tensors_required == 1
+    wanted = {"check_kwargs", "fill_defaults", "prepare_tensor_args", "__call__"}
+    base = type(processors).__mro__[1]
+    for name in wanted:
+        assert callable(getattr(base, name, None)), f"the list of processors has no {name}() now"
 
 
 def test_transformers_still_answers_with_tokens_error_and_end() -> None:
@@ -954,3 +996,49 @@ def test_transformers_still_answers_with_tokens_error_and_end() -> None:
     fields = set(GenerationOutput.__dataclass_fields__)
     assert {"generated_tokens", "error"} <= fields, "GenerationOutput has other fields now"
     assert callable(getattr(GenerationOutput, "is_finished", None))
+
+
+def test_transformers_still_takes_a_scheduler_by_name_and_lets_it_choose(eager: Running) -> None:
+    scheduler = manager_of(eager).batch_processor.scheduler
+    assert isinstance(scheduler, _Scheduler), "SCHEDULER_MAPPING is not asked any more"
+    base = FIFOScheduler
+    assert "candidates" in parameters(base._process_candidates), "_process_candidates changed"
+    assert parameters(base.schedule_batch) == {"self", "token_budget", "cache_budget"}
+    assert isinstance(scheduler.block_new_requests, bool), "block_new_requests is gone"
+    for name in ("finish_request", "add_waiting_request"):
+        assert callable(getattr(base, name, None)), f"the scheduler has no {name}() any more"
+    assert isinstance(scheduler.waiting_requests, dict), "scheduler.waiting_requests is no dict"
+
+
+def test_transformers_still_runs_its_steps_through_the_methods_that_are_overridden() -> None:
+    loop = inspect.getsource(ContinuousBatchingManager._run_generation_loop)
+    body = inspect.getsource(ContinuousBatchingManager._generation_loop_body)
+    assert "self._generation_loop_body(" in loop, "the loop has another body"
+    assert "self._generation_step()" in body, "a step runs in another way"
+    assert parameters(ContinuousBatchingManager._generation_loop_body) == {
+        "self",
+        "batch_processor",
+        "bootstrapping",
+    }
+    assert "_handle_request_error" in dir(ContinuousBatchProcessor), "_handle_request_error is gone"
+
+
+def test_transformers_still_knows_who_was_in_the_last_batch(eager: Running) -> None:
+    eager(eager.answer(SHORT))
+    [future] = manager_of(eager).batch_processor.inputs_and_outputs.requests_in_batch
+    assert hasattr(future, "has_new_token"), "a request in a batch does not say if it has a token"
+    assert isinstance(future.state, RequestState), "requests_in_batch holds something else"
+
+
+def test_transformers_still_starts_a_request_over_with_its_tokens_in_the_prompt() -> None:
+    state = RequestState("one", [1, 2, 3], max_new_tokens=10, generated_tokens=[4, 5])
+    again = state.create_equivalent_initial_request()
+    assert (again.request_id, again.initial_tokens) == ("one", [1, 2, 3, 4, 5])
+    assert (again.generated_len(), again.max_new_tokens) == (0, 8)
+    assert again.to_generation_output().generated_tokens == [4, 5], "it forgot what it had said"
+
+
+def test_transformers_still_queues_requests_with_their_ids(eager: Running) -> None:
+    manager = manager_of(eager)
+    assert hasattr(manager.input_queue, "mutex"), "input_queue is no queue.Queue any more"
+    assert manager.cancel_queue.empty()

@@ -1,4 +1,4 @@
-"""What the engine promises about revisions, on a real tiny model: who runs on which, and until when.
+"""What the engine promises about revisions, on a real model: who runs on which, until when.
 
 Every answer here is compared with that of a plain PeftModel of the revision that it names.
 """
@@ -379,7 +379,7 @@ def test_a_request_that_gives_up_waiting_for_a_lane_leaves_nothing_behind(one: R
 
 
 def test_somebody_who_leaves_while_the_lane_is_cleared_takes_nobody_to_the_wrong_revision(
-    one: Running,
+    one: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def story() -> None:
         await one.swap("alpha")
@@ -392,8 +392,8 @@ def test_somebody_who_leaves_while_the_lane_is_cleared_takes_nobody_to_the_wrong
             go.wait(10)
             forget()
 
-        manager.forget_prefixes = slowly
-        try:
+        with monkeypatch.context() as patch:
+            patch.setattr(manager, "forget_prefixes", slowly)
             gone = begin(one, LONG, pin="beta", tokens=5)
             await until(lambda: one.engine._lanes.all[0].bound == one.images["beta"].revision)
             await settled()
@@ -403,8 +403,6 @@ def test_somebody_who_leaves_while_the_lane_is_cleared_takes_nobody_to_the_wrong
             await settled()
             go.set()
             step = await back
-        finally:
-            del manager.forget_prefixes
         assert one.is_exact(step, LONG, 60)
         one.engine.drop(one.images["beta"].revision)
         await nobody_is_inside(one)
