@@ -195,9 +195,14 @@ def main() -> None:
     job = Job(**json.loads(sys.stdin.readline()))
     stop = threading.Event() if job.endless else None
     if stop:
-        threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+        threading.Thread(target=_set_at_end_of_input, args=[stop], daemon=True).start()
     for sample in asyncio.run(_run(job, stop)):
         print(json.dumps(asdict(sample)))
+
+
+def _set_at_end_of_input(stop: threading.Event) -> None:
+    sys.stdin.read()
+    stop.set()
 
 
 if __name__ == "__main__":

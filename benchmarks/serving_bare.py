@@ -49,7 +49,7 @@ def bare(world: World, *, threads: int) -> Bare:
         base=world.base,
         adapter=str(world.first),
         threads=threads,
-        cache_tokens=settings.kv_cache_tokens,
+        cache_tokens=world.settings["kv_cache_tokens"],
         batch_tokens=settings.max_batch_tokens,
         requests=settings.max_ongoing_requests,
     )

@@ -1,4 +1,4 @@
-"""A fleet for as long as a benchmark needs it: Ray, Serve, the application; then nothing is left."""
+"""A fleet for as long as a benchmark needs it: Ray, Serve, the application; then nothing."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -20,7 +20,7 @@ import torch
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
 from benchmarks.load import prompts
-from benchmarks.serving_bare import Bare, bare, manager_of, plain_peft, saturate
+from benchmarks.serving_bare import bare, manager_of, plain_peft, saturate
 from benchmarks.serving_figures import Figure, paired, summary
 from benchmarks.serving_throughput import CANARY, EVERY
 from benchmarks.serving_world import World, cores
@@ -156,14 +156,13 @@ def counting(engine: CausalEngine) -> Iterator[Counted]:
 
         return run
 
-    with mock.patch.object(Slot, "commit", timed_commit):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Slot, "commit", timed_commit))
         for lane, manager in enumerate(managers):
-            manager._generation_step = watched(lane, manager)
-        try:
-            yield counted
-        finally:
-            for manager in managers:
-                del manager._generation_step
+            stack.enter_context(
+                mock.patch.object(manager, "_generation_step", watched(lane, manager))
+            )
+        yield counted
 
 
 def lanes(world: World) -> Iterator[Figure]:
@@ -216,8 +215,8 @@ def merged(world: World) -> Iterator[Figure]:
     speeds: dict[str, list[float]] = {"engine": [], "merged": []}
     with _own_compiler():
         model = plain_peft(what).merge_and_unload()
-        assert make_opaque(model)
-        compile_layers(model)
+        if world.compile:
+            _compile_layers(model)
         manager = manager_of(model, what)
         manager.warmup()
         manager.start()
@@ -243,6 +242,12 @@ def merged(world: World) -> Iterator[Figure]:
         + " tokens/s",
         detail={way: summary(values) for way, values in speeds.items()},
     )
+
+
+def _compile_layers(model: Any) -> None:
+    """As the engine does it."""
+    assert make_opaque(model)
+    compile_layers(model)
 
 
 def _of(manager: Any) -> Callable[..., dict[str, float]]:
@@ -325,12 +330,10 @@ def _prepared(world: World, *, whole_layers: bool) -> Any:
     slot = load(settings).slot
     slot.commit(slot.stage(pack(str(world.first), slot.layout)))
     model: Any = slot.model.base_model.model
+    if not world.compile:
+        return slot.model
     if whole_layers:
-        assert make_opaque(model)
-        compile_layers(model)
+        _compile_layers(model)
     else:
         compile_regions(model)
     return slot.model
-
-
-__all__ = ["Bare", "lanes", "merged", "steps"]

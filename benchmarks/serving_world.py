@@ -16,10 +16,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from serve_app import embedded
-from serve_app.settings import EMBEDDED
+from serve_app.settings import EMBEDDED, Settings
 
 ADAPTERS = ("pirate", "terse_json", "shakespeare")  # the first is what is measured with
 PAGE_TOKENS = 32  # of the cache, as serve_app.causal has it
+REQUEST_TOKENS = 5 * PAGE_TOKENS  # in which the longest prompt and its answer fit
 # 1.1 billion parameters: the shape of TinyLlama, with the embedded model's vocabulary
 SHAPE_1B = {
     "hidden_size": 2048,
@@ -87,6 +88,7 @@ class World:
     effort: Effort
     concurrency: int
     exact: bool
+    compile: bool = True
 
     @cached_property
     def vocabulary(self) -> int:
@@ -99,12 +101,15 @@ class World:
     @property
     def settings(self) -> Mapping[str, Any]:
         """Those of `serve run` where they are enough for the concurrency."""
-        needed = self.concurrency * 5 * PAGE_TOKENS  # the longest prompt and answer fit in 5 pages
+        default = Settings()
+        needed = self.concurrency * REQUEST_TOKENS
         return {
             "model": self.model,
             "adapter": str(self.first),
-            "max_ongoing_requests": max(64, self.concurrency),
-            "kv_cache_tokens": max(8192, needed),
+            "max_ongoing_requests": max(default.max_ongoing_requests, self.concurrency),
+            # by default a lane has room for four of the longest requests
+            "kv_cache_tokens": max(4 * default.max_model_len, needed),
+            "compile": self.compile,
         }
 
 
@@ -113,7 +118,13 @@ def cores() -> int:
 
 
 def make_world(
-    *, model: str, random_1b: bool, folder: Path, effort: Effort, concurrency: int
+    *,
+    model: str,
+    random_1b: bool,
+    folder: Path,
+    effort: Effort,
+    concurrency: int,
+    compile: bool,
 ) -> World:
     if random_1b:
         model = str(random_model(folder / "random-1b", SHAPE_1B, dtype=torch.bfloat16))
@@ -132,6 +143,7 @@ def make_world(
         effort=effort,
         concurrency=concurrency,
         exact=own,
+        compile=compile,
     )
 
 

@@ -58,6 +58,7 @@ def build(args: dict[str, Any]) -> Application:
         serve.ingress(lambda: _gateway(settings))(),
         name="Gateway",
         max_ongoing_requests=10_000,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,  # answers leave through here
         graceful_shutdown_wait_loop_s=_WAIT_LOOP_S,
         ray_actor_options={"num_cpus": 0},
     )

@@ -100,7 +100,9 @@ class Gateway:
     def _data_routes(self) -> APIRouter:
         router = APIRouter(tags=["inference"], route_class=JsonRoute)
         router.get("/health", response_model=Health, responses=documented(503))(self.health)
-        router.get("/v1/models", response_model=ModelList, responses=documented(503))(self.models)
+        router.get("/v1/models", response_model=ModelList, response_model_exclude_none=True)(
+            self.models
+        )
         for path, answer, ok in (
             ("/v1/chat/completions", self.chat, answered(ChatDocument, ChatChunk)),
             ("/v1/completions", self.complete, answered(TextDocument, TextChunk)),

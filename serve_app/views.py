@@ -142,7 +142,7 @@ class Body(BaseModel):
 class LoadAdapter(Body):
     """`POST /v1/load_lora_adapter`."""
 
-    lora_name: str
+    lora_name: str = Field(max_length=256)
     lora_path: str = Field(min_length=1)
     load_inplace: bool = False
     expected_generation: int | None = None

@@ -30,9 +30,9 @@ class Plan(BaseModel):
     adapter: Annotated[
         str, Field(min_length=1, description="path, Hub id or URI; 'base' for no adapter")
     ]
-    name: Annotated[str | None, Field(description="revision name; else taken from the source")] = (
-        None
-    )
+    name: Annotated[
+        str | None, Field(max_length=256, description="revision name; else taken from the source")
+    ] = None
     strategy: Strategy = "rolling"
     max_unavailable: Annotated[
         int, Field(ge=1, description="replicas that may be out of service for the swap at once")

@@ -54,6 +54,7 @@ def cluster() -> Iterator[Cluster]:
     """A real Ray cluster with Serve, on free ports."""
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
     os.environ["PYTHONWARNINGS"] = "default"  # warnings are errors here, not in ray's own workers
+    os.environ["HF_HUB_OFFLINE"] = "1"  # an adapter that is not there is not looked for elsewhere
     context = ray.init(
         num_cpus=16,
         include_dashboard=True,  # `serve deploy` talks to it

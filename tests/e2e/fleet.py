@@ -13,7 +13,7 @@ import psutil
 
 from serve_app.client import HotswapClient
 from serve_app.rollout.plan import InFlight, Strategy
-from serve_app.views import FleetView, ReplicaView
+from serve_app.views import ErrorBody, FleetView, ReplicaView
 
 from .tiny_world import TinyWorld
 
@@ -31,6 +31,11 @@ def eventually(check: Callable[[], Any], *, within_s: float = 60, what: str = "i
             last = value
         assert time.monotonic() < deadline, f"{what} did not happen in {within_s} s: {last}"
         time.sleep(0.05)
+
+
+def code_of(response: httpx.Response) -> str:
+    """The code in OpenAI's envelope, which every error has."""
+    return ErrorBody.model_validate_json(response.text).error.code
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,24 @@ class Fleet:
             max_tokens=max_tokens,
         )
 
+    def post(
+        self,
+        body: dict[str, Any],
+        *,
+        path: str = "/v1/completions",
+        headers: dict[str, str] | None = None,
+        timeout_s: float = 120,
+    ) -> httpx.Response:
+        """Whatever the answer is."""
+        return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=timeout_s)
+
+    def running(self) -> int:
+        return sum(replica.running for replica in self.client.fleet().replicas)
+
+    def until_running(self, many: int) -> None:
+        """Until so many requests are in generation."""
+        eventually(lambda: self.running() == many, what=f"{many} running requests")
+
     def is_exact(self, answer: Answer) -> bool:
         want = self.world.expected(answer.revision, answer.prompt_ids, answer.max_tokens)
         return answer.token_ids == want
@@ -105,10 +128,17 @@ class Fleet:
 
     def process(self, deployment: str) -> psutil.Process:
         """The worker process of a one-replica deployment, found by the title Ray gives it."""
-        title = f"ServeReplica:{self.app}:{deployment}"
-        found = [p for p in psutil.process_iter() if title in " ".join(_cmdline(p))]
-        assert len(found) == 1, found
-        return found[0]
+        return _titled(f"ServeReplica:{self.app}:{deployment}")
+
+    def proxy(self) -> psutil.Process:
+        """What all clients of the cluster are connected to."""
+        return _titled("ProxyActor")
+
+
+def _titled(title: str) -> psutil.Process:
+    found = [p for p in psutil.process_iter() if title in " ".join(_cmdline(p))]
+    assert len(found) == 1, found
+    return found[0]
 
 
 def _cmdline(process: psutil.Process) -> list[str]:

@@ -20,10 +20,10 @@ from serve_app.engine import (
     DeadlineExceeded,
     EngineStopped,
     GenerationFailed,
-    InFlight,
     RevisionNotServed,
 )
 from serve_app.lanes import LanesTaken
+from serve_app.rollout.plan import InFlight
 from tests.e2e.tiny_world import TinyWorld
 
 from .fakes import settled, until

@@ -13,12 +13,20 @@ from starlette.exceptions import HTTPException
 
 import hotswap_lib
 from hotswap_lib import AdapterNotFound, AdapterRefused, ImageCorrupted, RankOverEnvelope
-from serve_app.controller import FleetNotReady, NoSuchRollout, NothingToUndo
-from serve_app.engine import EngineStopped, GenerationFailed
-from serve_app.http_errors import NotAuthorized, describe
+from serve_app.controller import FleetNotReady, NoSuchRollout, NothingToUndo, PlanImpossible
+from serve_app.engine import DeadlineExceeded, EngineStopped, GenerationFailed, RevisionNotServed
+from serve_app.http_errors import NotAuthorized, describe, respond
 from serve_app.images import RevisionLost
+from serve_app.lanes import LanesTaken
 from serve_app.openai import RequestRefused
-from serve_app.rollout.state import IllegalEvent
+from serve_app.presence import NobodyServes
+from serve_app.rollout.state import GenerationMismatch, IllegalEvent
+from serve_app.tenants import (
+    AdapterAlreadyLoaded,
+    AdapterLoadFailed,
+    AdapterLoadTimeout,
+    AdapterNotLoaded,
+)
 
 
 def invalid(kind: str, *where: str | int, message: str = "Field required") -> Exception:
@@ -36,7 +44,17 @@ ROWS: list[tuple[Exception, int, str]] = [
     (GenerationFailed("no"), 500, "generation_failed"),
     (ImageCorrupted("x@1", "no"), 500, "image_corrupted"),
     (RevisionLost("x@1", "/there"), 500, "revision_lost"),
+    (PlanImpossible("no"), 400, "plan_impossible"),
+    (RevisionNotServed("x", ("y@1",)), 404, "model_not_found"),
+    (AdapterNotLoaded("x"), 404, "adapter_not_loaded"),
+    (AdapterAlreadyLoaded("x", "x@1", "x@2"), 409, "adapter_already_loaded"),
+    (GenerationMismatch(1, 2), 409, "generation_mismatch"),
+    (LanesTaken("x@1", 2), 429, "lanes_taken"),
+    (AdapterLoadFailed("x@1", "no"), 500, "adapter_load_failed"),
     (FleetNotReady(), 503, "fleet_not_ready"),
+    (NobodyServes(), 503, "not_ready"),
+    (AdapterLoadTimeout("x@1", ("r1",), 1.0), 504, "adapter_load_timeout"),
+    (DeadlineExceeded(1.0), 504, "deadline_exceeded"),
     (EngineStopped(), 503, "engine_stopped"),
     (HTTPException(404), 404, "route_not_found"),
     (HTTPException(405), 405, "method_not_allowed"),
@@ -84,6 +102,7 @@ def test_the_far_side_of_a_handle_makes_no_difference(
             ray.serve._private.common.DeploymentID(name="Model", app_name="app")
         ),
         ray.exceptions.ActorUnavailableError("no answer", b"0" * 16),
+        ray.serve.exceptions.ReplicaUnavailableError("r1"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -102,6 +121,33 @@ def test_a_refused_parameter_is_named() -> None:
     assert (detail.param, detail.message) == ("messages.0.role", "messages.0.role: field required")
     _, detail = describe(RequestRefused(404, "model_not_found", "not here", "model"))
     assert detail.param == "model"
+
+
+@pytest.mark.parametrize(
+    ("message", "sent"),
+    [
+        (
+            "\n\n the first line that says something\nand another",
+            " the first line that says something",
+        ),
+        ("half a \ud800 pair", "half a ? pair"),
+        ("x" * 10_000, "x" * 1000),
+        ("", "no reason is known"),
+        ("\r\n", "no reason is known"),
+    ],
+    ids=ascii,
+)
+def test_a_message_is_one_line_that_can_be_sent(message: str, sent: str) -> None:
+    _, detail = describe(RequestRefused(400, "x", message, param="\udfff" * 5))
+    assert (detail.message, detail.param) == (sent, "?????")
+
+
+def test_what_may_be_asked_again_says_when_and_a_wrong_method_says_which_are_right() -> None:
+    assert respond(NobodyServes()).headers["retry-after"] == "1"
+    assert respond(LanesTaken("x@1", 2)).headers["retry-after"] == "1"
+    assert "retry-after" not in respond(NoSuchRollout("x")).headers
+    assert respond(HTTPException(405, headers={"Allow": "GET"})).headers["allow"] == "GET"
+    assert respond(NotAuthorized()).headers["www-authenticate"] == "Bearer"
 
 
 def every_error(kind: type[Exception]) -> list[type[Any]]:
