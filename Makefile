@@ -30,6 +30,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.latency
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.lane
+	$(BIN)/python -m benchmarks.serving
 
 # on a machine with a GPU: its tests, then its figures, kept with card, versions and date
 gpu: $(READY)
@@ -37,6 +38,7 @@ gpu: $(READY)
 	mkdir -p benchmarks/results
 	$(BIN)/python -m benchmarks.swap --json benchmarks/results/swap-gpu.json
 	$(BIN)/python -m benchmarks.latency --json benchmarks/results/latency-gpu.json
+	$(BIN)/python -m benchmarks.serving --json benchmarks/results/serving-gpu.json
 
 adapters: $(READY)
 	$(BIN)/python examples/train_adapters.py

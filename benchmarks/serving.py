@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers.utils import logging
 
 from benchmarks import serving_inside as inside
@@ -128,14 +129,14 @@ def failed(figure: Figure) -> bool:
 
 
 def show(figures: Sequence[Figure], broken: Sequence[str], console: Console) -> None:
-    table = Table("figure", "bar", "measured", "verdict", "of what")
+    table = Table("figure", "bar", "measured", "verdict")
     for figure in figures:
         verdict = "failed" if failed(figure) else figure.verdict
         value = f"{figure.value:g}" if figure.fails else f"{figure.value:.2f} {figure.unit}"
-        style = COLORS[verdict]
-        table.add_row(
-            figure.name, figure.bar or "", value.strip(), f"[{style}]{verdict}[/]", figure.says
-        )
+        name = Text(figure.name)
+        if figure.says:
+            name.append(f"\n{figure.says}", style="dim")
+        table.add_row(name, figure.bar or "", value.strip(), Text(verdict, style=COLORS[verdict]))
     console.print(table)
     for why in broken:
         console.print(f"not measured: {why}", style="bold red", markup=False)
@@ -208,15 +209,15 @@ def main() -> None:
     began = time.monotonic()
     figures, broken = [], []
     with tempfile.TemporaryDirectory(prefix="hotswap-bench-") as folder:
+        world = make_world(
+            model=asked.model,
+            random_1b=asked.random_1b,
+            folder=Path(folder),
+            effort=QUICK if asked.quick else FULL,
+            compile=not asked.eager,
+        )
         for clients in levels:
-            world = make_world(
-                model=asked.model,
-                random_1b=asked.random_1b,
-                folder=Path(folder),
-                effort=QUICK if asked.quick else FULL,
-                concurrency=clients,
-                compile=not asked.eager,
-            )
+            world = replace(world, concurrency=clients)
             last = clients == levels[-1]
             only = [row for row in asked.only if last or row in RATIOS]
             more, errors = run(world, only, console)

@@ -86,9 +86,9 @@ class World:
     adapters: tuple[Path, ...]
     folder: Path
     effort: Effort
-    concurrency: int
     exact: bool
-    compile: bool = True
+    compile: bool
+    concurrency: int = 32
 
     @cached_property
     def vocabulary(self) -> int:
@@ -123,7 +123,6 @@ def make_world(
     random_1b: bool,
     folder: Path,
     effort: Effort,
-    concurrency: int,
     compile: bool,
 ) -> World:
     if random_1b:
@@ -141,7 +140,6 @@ def make_world(
         adapters=adapters,
         folder=folder,
         effort=effort,
-        concurrency=concurrency,
         exact=own,
         compile=compile,
     )

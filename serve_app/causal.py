@@ -46,9 +46,7 @@ logger = logging.getLogger("ray.serve")
 _PAGE_TOKENS = 32
 _STEP_S = 0.005  # about one step of a small model: how soon to look again at the scheduler
 _GREEDY = Sampling(temperature=0.0)
-_FAILURES = (
-    4  # steps that fail in a row, with nothing between them that worked: not a request's fault
-)
+_FAILURES = 4  # requests that fail in a row: time to see whether the model works at all
 
 
 class CausalEngine(Engine):
@@ -367,11 +365,29 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
         self, processor: ContinuousBatchProcessor, state: RequestState, failed: _StepFailed
     ) -> None:
         self._failures += 1
-        if self._failures >= _FAILURES:
+        if self._failures >= _FAILURES and not self._works(processor):
             raise failed.__cause__ or failed  # ends the thread, and so this replica
         logger.warning(f"a request made the model fail: {failed}")
         processor._handle_request_error(failed.__cause__ or failed, state)
         processor.scheduler.finish_request(state.request_id)
+
+    def _works(self, processor: ContinuousBatchProcessor) -> bool:
+        """Whether the model runs at all: one token for a request of its own."""
+        scheduler, only = processor.scheduler, processor.scheduler.only
+        probe = RequestState(uuid.uuid4().hex, [0], max_new_tokens=1)
+        scheduler.add_waiting_request(probe)
+        scheduler.only = probe.request_id
+        try:
+            while self._has_no_token(processor, probe):
+                if not super()._generation_loop_body(processor, False):
+                    return False
+        except _StepFailed:
+            scheduler.finish_request(probe.request_id)
+            return False
+        finally:
+            scheduler.only = only
+        self.output_router.output_queue.get_nowait()  # nobody else waits for what has no handler
+        return True
 
     def _has_no_token(self, processor: ContinuousBatchProcessor, before: RequestState) -> bool:
         scheduler = processor.scheduler

@@ -132,15 +132,12 @@ def _head(config: Any, settings: Settings) -> dict[str, int]:
 
 def _model(settings: Settings, path: str, config: Any, task: Task) -> Any:
     """The base model with its own weights; a head that adapters bring has zeros until then."""
-    # paged attention exists for sdpa; the other models know best what they have
-    attention = {"attn_implementation": "sdpa"} if task == "causal" else {}
     model, report = auto_class(config, task).from_pretrained(
         path,
         config=config,
         dtype=settings.dtype,
         ignore_mismatched_sizes=task == "classify",
         output_loading_info=True,
-        **attention,
         **_hub(settings),
     )
     new = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
