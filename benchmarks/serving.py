@@ -17,6 +17,7 @@ things too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
@@ -40,7 +41,7 @@ from transformers.utils import logging
 
 from benchmarks import serving_inside as inside
 from benchmarks.serving_figures import Figure
-from benchmarks.serving_fleet import fleet
+from benchmarks.serving_fleet import fleet, leave_in_order
 from benchmarks.serving_swaps import swaps
 from benchmarks.serving_throughput import RATIOS, throughput
 from benchmarks.serving_world import (
@@ -200,6 +201,7 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     asked = _arguments()
+    leave_in_order()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -208,7 +210,9 @@ def main() -> None:
     levels = asked.concurrency or ([128, 32] if torch.cuda.is_available() else [32])
     began = time.monotonic()
     figures, broken = [], []
-    with tempfile.TemporaryDirectory(prefix="hotswap-bench-") as folder:
+    folders = tempfile.TemporaryDirectory(prefix="hotswap-bench-")
+    # Ray prints what it thinks of a Serve that was shut down, and standard output is for the result
+    with folders as folder, contextlib.redirect_stdout(sys.stderr):
         world = make_world(
             model=asked.model,
             random_1b=asked.random_1b,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -102,6 +103,7 @@ def _port() -> Iterator[int]:
         log_to_driver=False,
         logging_level="ERROR",
     )
+    leave_in_order()  # again: Ray's own handler would leave the cluster behind
     try:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -110,6 +112,11 @@ def _port() -> Iterator[int]:
         yield port
     finally:
         ray.shutdown()
+
+
+def leave_in_order() -> None:
+    """A SIGTERM ends this process as a Ctrl-C does, with everything that it started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 @contextmanager

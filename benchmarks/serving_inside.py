@@ -23,8 +23,8 @@ from benchmarks.load import prompts
 from benchmarks.serving_bare import bare, manager_of, plain_peft, saturate
 from benchmarks.serving_figures import Figure, paired, summary
 from benchmarks.serving_throughput import CANARY, EVERY
-from benchmarks.serving_world import World, cores
-from hotswap_lib import Slot, pack
+from benchmarks.serving_world import PAGE_TOKENS, World, cores
+from hotswap_lib import CompileGuard, Slot, pack
 from serve_app.attention import make_opaque
 from serve_app.causal import CausalEngine
 from serve_app.loading import load
@@ -175,13 +175,16 @@ def lanes(world: World) -> Iterator[Figure]:
             pins = [revision if i % EVERY == 0 else None for i in range(effort.requests)]
             speeds: dict[str, list[float]] = {"stable": [], CANARY: []}
             found: dict[str, dict[str, Any]] = {}
-            for turn in range(effort.rounds):
+            for turn in range(-1, effort.rounds):  # the first one warms up
                 asked = prompts(turn, effort.requests, vocabulary=world.vocabulary)
+                tokens = effort.tokens if turn >= 0 else 4
                 for way, named in (("stable", None), (CANARY, pins)):
                     with counting(hand.engine) as counted:
                         took = hand.saturate(
-                            asked, clients=world.concurrency, max_tokens=effort.tokens, pins=named
+                            asked, clients=world.concurrency, max_tokens=tokens, pins=named
                         )
+                    if turn < 0:
+                        continue
                     speeds[way].append(took["tokens"] / took["seconds"])
                     found[way] = counted.document(took["seconds"])
         finally:
@@ -220,10 +223,14 @@ def merged(world: World) -> Iterator[Figure]:
         manager = manager_of(model, what)
         manager.warmup()
         manager.start()
+        _warm_up(manager)
         hand = InHand(world)
         ways = {"engine": hand.saturate, "merged": _of(manager)}
         try:
+            guard = CompileGuard()
             for turn in range(-1, effort.rounds):
+                if turn == 0:
+                    guard.arm()
                 asked = prompts(turn, effort.requests, vocabulary=world.vocabulary)
                 for way in sorted(ways, reverse=turn % 2 == 1):
                     tokens = effort.tokens if turn >= 0 else 4
@@ -239,9 +246,17 @@ def merged(world: World) -> Iterator[Figure]:
         unit="x",
         says="the price of being swappable, in process; "
         + " / ".join(f"{statistics.median(values):.0f}" for values in speeds.values())
-        + " tokens/s",
+        + " tokens/s"
+        + (f"; {guard.recompiles} compilations while measured" if guard.recompiles else ""),
         detail={way: summary(values) for way, values in speeds.items()},
     )
+
+
+def _warm_up(manager: Any) -> None:
+    """Every kind of step, as the engine does it: compiled code is another for a size of 1."""
+    short, long = [1, 2, 3, 4], list(range(5, 5 + 2 * PAGE_TOKENS))
+    for asked in ([[1]], [short], [short, long], [long] * 3):
+        saturate(manager, asked, clients=len(asked), max_tokens=4)
 
 
 def _compile_layers(model: Any) -> None:

@@ -31,6 +31,7 @@ from examples.demo_reference import references
 
 LOAD = 0.6  # of the measured capacity
 REPLICAS = 2
+BETWEEN_S = 1.0  # two swaps under which answers are compared: some begin, run and end in between
 CLIENTS = 8  # of the load under which answers are compared
 BARS = {"overlap": "≤ 1.2", "drain": "≤ 2.0"}
 MEASURES = {"latency": "latency_{}_s", "time to first token": "first_token_{}_s"}
@@ -152,6 +153,7 @@ def _steady(world: World, running: Fleet, policy: str, turns: Iterator[Path]) ->
     rollouts = world.effort.swaps // REPLICAS
     with HttpLoad(jobs[0]) as one, HttpLoad(jobs[1]) as other:
         for adapter in itertools.islice(turns, rollouts):
+            time.sleep(BETWEEN_S)
             running.swap(adapter, in_flight=policy)
         return one.samples() + other.samples()
 

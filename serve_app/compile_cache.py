@@ -114,6 +114,7 @@ def _key(slot: Slot) -> str:
     if model.device.type == "cuda":
         facts["device"] = [torch.cuda.get_device_name(), torch.version.cuda]
     else:
-        facts["device"] = torch.backends.cpu.get_cpu_capability()
+        # inductor's C++ is made for the number of threads as well
+        facts["device"] = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

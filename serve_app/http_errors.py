@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from ray.serve.exceptions import (
     BackPressureError,
@@ -102,8 +104,13 @@ def _documented(status: int) -> dict[str, Any]:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    kinds = [RayError, RequestRefused, RequestValidationError, HTTPException]
-    kinds += [BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError]
+    kinds = [
+        RayError,
+        RequestRefused,
+        RequestValidationError,
+        HTTPException,
+        ReplicaUnavailableError,
+    ]
     for kind in [*kinds, *(kind for kind, _ in _STATUS)]:
         app.add_exception_handler(kind, _respond)
     app.add_exception_handler(Exception, _respond)
@@ -126,6 +133,21 @@ def _response(error: Exception, status: int, detail: ErrorDetail) -> JSONRespons
     headers |= _RETRY if status in (429, 503) else {}
     headers |= {"www-authenticate": "Bearer"} if status == 401 else {}
     return JSONResponse(ErrorBody(error=detail).model_dump(), status_code=status, headers=headers)
+
+
+class EnvelopeRoute(APIRoute):
+    """Answers itself what Serve would: it puts handlers of its own for these into any FastAPI."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_and_answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except (BackPressureError, DeploymentUnavailableError) as error:
+                return respond(error)
+
+        return handle_and_answer
 
 
 def describe(error: Exception) -> tuple[int, ErrorDetail]:

@@ -11,14 +11,14 @@ from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn
 
 from fastapi import Request, Response
-from fastapi.routing import APIRoute
 
+from .http_errors import EnvelopeRoute
 from .openai import RequestRefused
 
 MOST_NAMES = 1000  # in one object: each unknown one would be an error of its own
 
 
-class JsonRoute(APIRoute):
+class JsonRoute(EnvelopeRoute):
     """A route whose body, if it has one, is read by `parse`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import ray
 from ray import serve
+from transformers import LlamaForCausalLM
 
 from serve_app.app import build
 
@@ -47,6 +49,18 @@ class Cluster:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def tireless(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    """The same with a model that never ends an answer by itself."""
+    copied = TinyWorld(tmp_path_factory.mktemp("tireless") / "world")
+    shutil.copytree(world.folder, copied.folder)
+    model = LlamaForCausalLM.from_pretrained(copied.model)
+    # a logit of 0, where the likeliest of 260 tokens has far more
+    model.lm_head.weight.data[model.config.eos_token_id] = 0
+    model.save_pretrained(copied.model)
+    return copied
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +99,8 @@ def deployed(cluster: Cluster, world: TinyWorld, *, app: str, **settings: Any) -
     } | settings
     serve.run(build(given), name=app, route_prefix=f"/{app}")
     try:
-        fleet = Fleet(url=f"http://127.0.0.1:{cluster.port}/{app}", app=app, world=world)
+        url, token = f"http://127.0.0.1:{cluster.port}/{app}", given.get("admin_token")
+        fleet = Fleet(url=url, app=app, world=world, token=token)
         fleet.settle(replicas=given["replicas"])
         with fleet.client:
             yield fleet

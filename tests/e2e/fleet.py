@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import httpx
@@ -47,21 +50,23 @@ class Answer:
     max_tokens: int
 
 
-@dataclass(slots=True)
+@dataclass
 class Fleet:
     """One deployed application."""
 
     url: str
     app: str
     world: TinyWorld
+    token: str | None = None  # for the admin routes
     client: HotswapClient = field(init=False)
 
     def __post_init__(self) -> None:
-        self.client = HotswapClient(self.url)
+        self.client = HotswapClient(self.url, token=self.token)
 
-    def ask(self, text: str, *, max_tokens: int = 8) -> Answer:
+    def ask(self, text: str, *, max_tokens: int = 8, model: str | None = None) -> Answer:
         """One greedy chat; raises for anything but 200."""
         body = {
+            "model": model,
             "messages": [{"role": "user", "content": text}],
             "temperature": 0,
             "max_tokens": max_tokens,
@@ -89,6 +94,24 @@ class Fleet:
     ) -> httpx.Response:
         """Whatever the answer is."""
         return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=timeout_s)
+
+    @contextmanager
+    def streaming(self, body: dict[str, Any]) -> Iterator[Iterator[str]]:
+        """The lines of a stream that has begun. Whoever leaves the context leaves the stream."""
+        url = f"{self.url}/v1/completions"
+        with httpx.stream("POST", url, json=body | {"stream": True}, timeout=120) as response:
+            assert response.status_code == 200, response.read()
+            lines = response.iter_lines()  # to be kept: without it the connection is closed
+            yield itertools.chain([next(lines)], lines)
+
+    @cached_property
+    def steady(self) -> str:
+        """A prompt whose greedy answer does not end within its first 60 tokens."""
+        for prompt in (f"go on {i}" for i in range(50)):
+            answer = self.post({"prompt": prompt, "max_tokens": 60, "temperature": 0})
+            if answer.json()["choices"][0]["finish_reason"] == "length":
+                return prompt
+        raise AssertionError("every answer ended")
 
     def running(self) -> int:
         return sum(replica.running for replica in self.client.fleet().replicas)
@@ -136,7 +159,9 @@ class Fleet:
 
 
 def _titled(title: str) -> psutil.Process:
-    found = [p for p in psutil.process_iter() if title in " ".join(_cmdline(p))]
+    """Of this session's cluster: there may be others on the machine."""
+    ours = psutil.Process().children(recursive=True)
+    found = [p for p in ours if title in " ".join(_cmdline(p))]
     assert len(found) == 1, found
     return found[0]
 

@@ -10,7 +10,9 @@ from typing import Any
 import httpx
 import pytest
 import ray.exceptions
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
+from ray.serve.exceptions import BackPressureError
 
 from hotswap_lib import AdapterNotFound
 from serve_app import documents
@@ -460,7 +462,7 @@ def test_a_name_that_is_no_unicode_comes_back_as_what_can_be_sent() -> None:
 
 # ---- revisions ----------------------------------------------------------------------------------
 
-ASKED = [
+ASKED: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/chat/completions", CHAT, "chat"),
     ("/v1/completions", TEXT, "complete"),
     ("/v1/embeddings", {"input": "hello"}, "embeddings"),
@@ -593,6 +595,7 @@ def test_a_wrong_address_has_the_same_kind_of_error(
         (RevisionNotServed("x", (REVISION,)), 404, "model_not_found"),
         (LanesTaken(REVISION, 2), 429, "lanes_taken"),
         (DeadlineExceeded(3.0), 504, "deadline_exceeded"),
+        (BackPressureError(num_queued_requests=1, max_queued_requests=1), 429, "too_many_requests"),
         (KeyError("x"), 500, "internal_error"),
     ],
 )
@@ -600,6 +603,15 @@ def test_what_the_model_refuses_keeps_its_code(fault: Exception, status: int, co
     response = Door(FakeModel(fault))("POST", "/v1/completions", json=TEXT)
     assert (response.status_code, code_of(response)) == (status, code)
     assert ("retry-after" in response.headers) == (status in (429, 503))
+
+
+def test_what_serve_does_with_a_full_queue_in_any_fastapi_changes_nothing() -> None:
+    full = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+    door = Door(FakeModel(full))
+    door.app.add_exception_handler(BackPressureError, lambda *_: PlainTextResponse("no", 503))
+    for more in ({}, {"stream": True}):
+        response = door("POST", "/v1/completions", json=TEXT | more)
+        assert (response.status_code, code_of(response)) == (429, "too_many_requests")
 
 
 # ---- admin --------------------------------------------------------------------------------------
@@ -766,17 +778,19 @@ def test_every_answer_is_what_the_documentation_says() -> None:
 def test_every_chunk_is_what_the_documentation_says() -> None:
     door = Door()
     more = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
-    for path, body, wish, kind in (
-        ("/v1/chat/completions", CHAT, {"logprobs": True}, documents.ChatChunk),
-        ("/v1/completions", TEXT, {"logprobs": 1}, documents.TextChunk),
-    ):
-        *chunks, _ = events(door("POST", path, json=body | more | wish))
+    cases: list[tuple[str, dict[str, Any], type[BaseModel]]] = [
+        ("/v1/chat/completions", CHAT | {"logprobs": True}, documents.ChatChunk),
+        ("/v1/completions", TEXT | {"logprobs": 1}, documents.TextChunk),
+    ]
+    for path, body, kind in cases:
+        *chunks, _ = events(door("POST", path, json=body | more))
         for chunk in chunks:
             kind.model_validate_json(chunk, strict=True)
 
 
 def test_the_documentation_promises_no_422_and_closed_routes_only_where_there_is_a_token() -> None:
-    for settings in ({}, {"admin_token": "secret"}):
+    both: list[dict[str, Any]] = [{}, {"admin_token": "secret"}]
+    for settings in both:
         document = Door(**settings)("GET", "/openapi.json").json()
         for path, methods in document["paths"].items():
             for operation in methods.values():
