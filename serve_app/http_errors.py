@@ -17,6 +17,7 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
 )
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from hotswap_lib import AdapterRefused, HotswapError
 
@@ -120,17 +121,31 @@ async def _respond(request: Request, error: Exception) -> JSONResponse:
     status, detail = describe(error)
     if status >= 500:
         logger.warning(f"{request.method} {request.url.path}: {status} {detail.message}")
-    return _response(error, status, detail)
+    response = _response(status, detail)
+    if status == 405:
+        response.headers["allow"] = ", ".join(_methods(request))
+    return response
+
+
+def _methods(request: Request) -> list[str]:
+    """Of all routes of this path; Starlette knows those of the first one."""
+    return [
+        method
+        for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in request.app.routes
+        )
+    ]
 
 
 def respond(error: Exception) -> JSONResponse:
     """The answer to an error, where FastAPI's handlers do not reach."""
-    return _response(error, *describe(error))
+    return _response(*describe(error))
 
 
-def _response(error: Exception, status: int, detail: ErrorDetail) -> JSONResponse:
-    headers = dict(getattr(error, "headers", None) or {})  # an HTTPException's: Allow
-    headers |= _RETRY if status in (429, 503) else {}
+def _response(status: int, detail: ErrorDetail) -> JSONResponse:
+    headers = dict(_RETRY) if status in (429, 503) else {}
     headers |= {"www-authenticate": "Bearer"} if status == 401 else {}
     return JSONResponse(ErrorBody(error=detail).model_dump(), status_code=status, headers=headers)
 

@@ -582,6 +582,13 @@ def test_a_wrong_address_has_the_same_kind_of_error(
     assert ("allow" in response.headers) == (status == 405)
 
 
+def test_a_wrong_method_is_told_all_the_right_ones() -> None:
+    door = Door()
+    assert door("PUT", "/admin/rollouts").headers["allow"] == "GET, POST"
+    assert door("GET", "/v1/completions").headers["allow"] == "POST"
+    assert door("POST", "/admin/rollouts/x").headers["allow"] == "GET"
+
+
 @pytest.mark.parametrize(
     ("fault", "status", "code"),
     [

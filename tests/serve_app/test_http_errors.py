@@ -142,11 +142,10 @@ def test_a_message_is_one_line_that_can_be_sent(message: str, sent: str) -> None
     assert (detail.message, detail.param) == (sent, "?????")
 
 
-def test_what_may_be_asked_again_says_when_and_a_wrong_method_says_which_are_right() -> None:
+def test_what_may_be_asked_again_says_when() -> None:
     assert respond(NobodyServes()).headers["retry-after"] == "1"
     assert respond(LanesTaken("x@1", 2)).headers["retry-after"] == "1"
     assert "retry-after" not in respond(NoSuchRollout("x")).headers
-    assert respond(HTTPException(405, headers={"Allow": "GET"})).headers["allow"] == "GET"
     assert respond(NotAuthorized()).headers["www-authenticate"] == "Bearer"
 
 
