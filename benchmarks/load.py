@@ -71,11 +71,14 @@ Ask = Callable[[int, Body, float], Awaitable[Sample]]
 """(index, body, due_at) → the answer; never raises for a request that failed."""
 
 
-def prompts(seed: int, number: int, *, vocabulary: int) -> list[list[int]]:
-    """Random token ids of mixed lengths; no two prompts share a prefix that a cache could find."""
-    order = random.Random(seed)
+def prompts(seed: int, number: int, *, vocabulary: int, salt: str = "") -> list[list[int]]:
+    """Random token ids of mixed lengths; no two prompts share a prefix that a cache could find.
+
+    `salt`: other tokens of the same lengths, for another way to ask the same engine.
+    """
+    lengths, ids = random.Random(seed), random.Random(f"{seed} {salt}")
     return [
-        [order.randrange(LOWEST_ID, vocabulary) for _ in range(order.randint(*PROMPT_TOKENS))]
+        [ids.randrange(LOWEST_ID, vocabulary) for _ in range(lengths.randint(*PROMPT_TOKENS))]
         for _ in range(number)
     ]
 

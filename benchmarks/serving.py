@@ -162,7 +162,8 @@ def document(
             for each in figures
         ],
         "not measured": list(broken),
-        "settings": dict(world.settings),
+        # no path of this machine
+        "settings": {**world.settings, "adapter": Path(str(world.settings["adapter"])).name},
         "concurrency": world.concurrency,
         "effort": asdict(world.effort),
         "device": torch.cuda.get_device_name() if gpu else _cpu(),

@@ -17,7 +17,7 @@ from benchmarks.load import Body, Job, Sample, completions, prompts
 from benchmarks.serving_bare import BareProcess, bare
 from benchmarks.serving_figures import Figure, paired, summary
 from benchmarks.serving_fleet import Fleet, fleet, over_http
-from benchmarks.serving_world import World, cores
+from benchmarks.serving_world import World, model_cores
 
 CANARY = "canary"
 EVERY = 10  # one request in so many names the canary
@@ -89,8 +89,9 @@ def measure(world: World, ways: dict[str, Way]) -> Speeds:
     turns, order = list(ways), random.Random(0)
     for turn in range(-1, effort.rounds):  # the first one warms up, with fewer tokens
         order.shuffle(turns)
-        asked = prompts(turn, effort.requests, vocabulary=world.vocabulary)
         for way in turns:
+            # the same lengths, and no prompt that the engine's cache has seen
+            asked = prompts(turn, effort.requests, vocabulary=world.vocabulary, salt=way)
             tokens, seconds = ways[way](asked, effort.tokens if turn >= 0 else 4)
             if turn >= 0:
                 speeds.per_second[way].append(tokens / seconds)
@@ -102,12 +103,12 @@ def measure(world: World, ways: dict[str, Way]) -> Speeds:
 def _ways(world: World, wanted: set[str]) -> Iterator[tuple[dict[str, Way], list[str]]]:
     failures: list[str] = []
     with ExitStack() as stack:
-        running = stack.enter_context(fleet(world, replicas=1, torch_threads=cores()))
+        running = stack.enter_context(fleet(world, replicas=1, torch_threads=model_cores()))
         ways = _served(world, running, failures)
         if "canary" in wanted:
             running.controller.load_adapter.remote(CANARY, str(world.adapters[1])).result()
         if "bare" in wanted:
-            peer = stack.enter_context(BareProcess(bare(world, threads=cores())))
+            peer = stack.enter_context(BareProcess(bare(world, threads=model_cores())))
             ways["bare"] = _bare(world, peer)
         yield {name: way for name, way in ways.items() if name in wanted}, failures
 

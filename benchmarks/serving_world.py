@@ -117,6 +117,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def model_cores() -> int:
+    """Threads for the model, ours and the peer's, where clients, gateway and proxy run beside it.
+
+    They have a core to themselves: a model whose threads wait for each other at every operation
+    would otherwise wait for the clients, and the figure would be the scheduler's.
+    """
+    return max(cores() - 1, 1)
+
+
 def make_world(
     *,
     model: str,

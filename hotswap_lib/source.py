@@ -125,7 +125,7 @@ def load_adapter(
     label = name or _default_name(where, subfolder)
     if "://" in where:
         read = _uri_reader(label, where, subfolder)
-    elif isinstance(source, Path) or Path(where).is_dir():
+    elif isinstance(source, Path) or _is_folder(where):
         read = _directory_reader(label, Path(where) / (subfolder or ""))
     else:
         read = hub.reader(
@@ -136,6 +136,13 @@ def load_adapter(
 
 Reader = Callable[[str], bytes | Bytes | None]
 """File name → its bytes, or None where there is no such file."""
+
+
+def _is_folder(where: str) -> bool:
+    try:
+        return Path(where).is_dir()
+    except OSError:  # longer than any path
+        return False
 
 
 def _read_adapter(label: str, read: Reader) -> Adapter:

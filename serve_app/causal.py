@@ -263,6 +263,8 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
             finished = False
             while not finished:
                 output = await self._next(outputs)
+                while not outputs.empty():  # who reads slowly gets more at once, not more to hold
+                    output = outputs.get_nowait()
                 finished = output.is_finished()
                 if output.error is not None:
                     raise GenerationFailed(output.error) if self.alive else EngineStopped
