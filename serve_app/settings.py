@@ -85,7 +85,7 @@ class Settings(BaseModel):
     ] = 256
     max_body_bytes: Annotated[int, Field(ge=1024, description="of one HTTP request")] = 4 * 2**20
     request_timeout_s: Annotated[
-        float, Field(gt=0, description="from admission to the last token; then 504")
+        float, Field(gt=0, description="from a replica to the last token; then 504")
     ] = 600.0
 
     # the engine
