@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -13,6 +14,7 @@ import ray.exceptions
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import _DeploymentResponseBase
 
 from hotswap_lib import AdapterNotFound
 from serve_app import documents
@@ -809,3 +811,8 @@ def test_the_documentation_promises_no_422_and_closed_routes_only_where_there_is
         assert set(chat["200"]["content"]) == {"application/json", "text/event-stream"}
         assert {"ChatChunk", "TextChunk"} <= document["components"]["schemas"].keys()
         assert "HTTPValidationError" not in json.dumps(document)
+
+
+def test_ray_still_says_when_a_replica_has_taken_a_call() -> None:
+    made = inspect.getsource(_DeploymentResponseBase.__init__)
+    assert "self._replica_result_future" in made, "a handle's call keeps that elsewhere now"
