@@ -19,7 +19,7 @@ from .conftest import Cluster, deployed
 from .fleet import Fleet
 from .tiny_world import TinyWorld
 
-ENOUGH_S = 45
+ENOUGH_S = 25
 TOKEN = "secret"
 
 
