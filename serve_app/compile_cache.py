@@ -65,6 +65,9 @@ def open_compile_cache(slot: Slot, settings: Settings) -> CompileCache:
         return CompileCache("off")
     name = _key(slot)
     folder = cache_dir() / "compiled" / name
+    if " " in str(folder):  # inductor's calls of the C++ compiler do not quote
+        logger.warning(f"compiled code is not shared: there is a space in {folder}")
+        return CompileCache("off")
     uri = f"{settings.compile_cache_uri.rstrip('/')}/{name}.tar"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

@@ -70,7 +70,7 @@ def test_the_second_replica_compiles_nothing_though_it_shares_no_disk(
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
 
-    first, second = start("disk 1"), start("disk 2")
+    first, second = start("disk1"), start("disk2")
     assert (first["state"], second["state"]) == ("miss", "hit")
     assert first["fxgraph_cache_miss"] > 0
     assert second.get("fxgraph_cache_miss", 0) == 0
@@ -80,6 +80,14 @@ def test_the_second_replica_compiles_nothing_though_it_shares_no_disk(
 def test_without_a_uri_nothing_is_touched(slot: Slot, world: TinyWorld) -> None:
     assert open_compile_cache(slot, settings(world, None)) == CompileCache("off")
     assert open_compile_cache(slot, settings(world, "x", compile=False)) == CompileCache("off")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "whatever it was before"
+
+
+def test_a_folder_that_inductor_could_not_work_in_is_not_used(
+    slot: Slot, world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOTSWAP_CACHE", str(tmp_path / "a disk"))
+    assert open_compile_cache(slot, settings(world, str(tmp_path / "shared"))).state == "off"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "whatever it was before"
 
 
@@ -93,7 +101,7 @@ def test_what_is_shared_is_the_whole_folder_and_nothing_of_this_node(
     (first.folder / "ab" / "kernel.so").write_bytes(b"code")
     (first.folder / "ab" / "kernel.lock").touch()
     first.publish()
-    os.environ["HOTSWAP_CACHE"] = str(tmp_path / "other disk")
+    os.environ["HOTSWAP_CACHE"] = str(tmp_path / "other-disk")
     second = open_compile_cache(slot, wanted)
     assert second.state == "hit"
     assert second.folder is not None
