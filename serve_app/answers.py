@@ -19,16 +19,8 @@ from hotswap_lib import Revision
 
 from .detokenizer import Detokenizer, TokenNames
 from .engine import Step
-from .openai import (
-    ChatRequest,
-    CompletionRequest,
-    NamedToken,
-    Piece,
-    RequestRefused,
-    Responses,
-    TokenIds,
-    TokenScore,
-)
+from .openai import ChatRequest, CompletionRequest, RequestRefused, TokenIds
+from .responses import NamedToken, Piece, Responses, TokenScore
 from .sampling import Sampling, TokenLogprobs
 from .settings import Settings
 from .stops import Stops

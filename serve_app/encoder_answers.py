@@ -11,13 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .encoder import EncoderEngine
-from .openai import (
-    ClassifyRequest,
-    EmbeddingRequest,
-    RequestRefused,
-    classification_document,
-    embedding_document,
-)
+from .openai import ClassifyRequest, EmbeddingRequest, RequestRefused
+from .responses import classification_document, embedding_document
 from .settings import Settings
 
 _MOST_CHARS_PER_TOKEN = 64  # some 128 spaces can be a token, but no text is made of those alone

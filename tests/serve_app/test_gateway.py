@@ -28,15 +28,17 @@ from serve_app.openai import (
     ClassifyRequest,
     CompletionRequest,
     EmbeddingRequest,
+    RequestRefused,
+)
+from serve_app.presence import Presence
+from serve_app.responses import (
     NamedToken,
     Piece,
-    RequestRefused,
     Responses,
     TokenScore,
     classification_document,
     embedding_document,
 )
-from serve_app.presence import Presence
 from serve_app.rollout.plan import Plan
 from serve_app.rollout.state import GenerationMismatch, IllegalEvent
 from serve_app.settings import Settings

@@ -20,14 +20,16 @@ from serve_app.openai import (
     ClassifyRequest,
     CompletionRequest,
     EmbeddingRequest,
+    RequestRefused,
+    find_pin,
+)
+from serve_app.responses import (
     NamedToken,
     Piece,
-    RequestRefused,
     Responses,
     TokenScore,
     classification_document,
     embedding_document,
-    find_pin,
 )
 from serve_app.sampling import Sampling
 
