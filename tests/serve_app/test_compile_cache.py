@@ -44,10 +44,13 @@ def slot(world: TinyWorld) -> Slot:
     return new_slot(world)
 
 
+BEFORE = "the-folder-from-before"
+
+
 @pytest.fixture(autouse=True)
 def own_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOTSWAP_CACHE", str(tmp_path / "disk"))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "whatever it was before")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / BEFORE))
 
 
 def settings(world: TinyWorld, uri: str | None, **more: Any) -> Settings:
@@ -77,10 +80,10 @@ def test_the_second_replica_compiles_nothing_though_it_shares_no_disk(
     assert second["fxgraph_cache_hit"] == first["fxgraph_cache_miss"]
 
 
-def test_without_a_uri_nothing_is_touched(slot: Slot, world: TinyWorld) -> None:
+def test_without_a_uri_nothing_is_touched(slot: Slot, world: TinyWorld, tmp_path: Path) -> None:
     assert open_compile_cache(slot, settings(world, None)) == CompileCache("off")
     assert open_compile_cache(slot, settings(world, "x", compile=False)) == CompileCache("off")
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "whatever it was before"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / BEFORE)
 
 
 def test_a_folder_that_inductor_could_not_work_in_is_not_used(
@@ -88,7 +91,7 @@ def test_a_folder_that_inductor_could_not_work_in_is_not_used(
 ) -> None:
     monkeypatch.setenv("HOTSWAP_CACHE", str(tmp_path / "a disk"))
     assert open_compile_cache(slot, settings(world, str(tmp_path / "shared"))).state == "off"
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "whatever it was before"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / BEFORE)
 
 
 def test_what_is_shared_is_the_whole_folder_and_nothing_of_this_node(
