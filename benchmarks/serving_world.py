@@ -19,7 +19,7 @@ from serve_app import embedded
 from serve_app.settings import EMBEDDED, Settings
 
 ADAPTERS = ("pirate", "terse_json", "shakespeare")  # the first is what is measured with
-PAGE_TOKENS = 32  # of the cache, as serve_app.causal has it
+PAGE_TOKENS = 32  # of the cache, as serve_app.generation has it
 REQUEST_TOKENS = 5 * PAGE_TOKENS  # in which the longest prompt and its answer fit
 # 1.1 billion parameters: the shape of TinyLlama, with the embedded model's vocabulary
 SHAPE_1B = {
