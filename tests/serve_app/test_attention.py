@@ -22,7 +22,7 @@ from serve_app.attention import make_opaque, paged_attention
 from tests.e2e.tiny_world import TinyWorld
 from tests.hotswap_lib.families import randomize
 
-from .test_causal import Running
+from .generating import Running
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,

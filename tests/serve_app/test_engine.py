@@ -27,7 +27,7 @@ from serve_app.rollout.plan import InFlight
 from tests.e2e.tiny_world import TinyWorld
 
 from .fakes import settled, until
-from .test_causal import LONG, SHORT, Running, Said, manager_of, started
+from .generating import LONG, SHORT, Running, Said, started
 
 BOTH = pytest.mark.parametrize("in_flight", ["drain", "overlap"])
 
@@ -385,7 +385,7 @@ def test_somebody_who_leaves_while_the_lane_is_cleared_takes_nobody_to_the_wrong
         await one.swap("alpha")
         await one.hold("beta")
         await one.answer(LONG)
-        manager = manager_of(one)
+        manager = one.manager
         go, forget = threading.Event(), manager.forget_prefixes
 
         def slowly() -> None:
