@@ -55,10 +55,10 @@ class Effort:
 
 FULL = Effort(
     rounds=3,
-    requests=64,
-    tokens=48,
-    load_s=100,
-    swap_every_s=4,
+    requests=48,
+    tokens=32,
+    load_s=180,
+    swap_every_s=10,
     load_tokens=16,
     swaps=50,
     step_rounds=12,

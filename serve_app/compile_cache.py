@@ -17,7 +17,7 @@ import tarfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import fsspec
 import torch
@@ -31,6 +31,7 @@ from .settings import Settings
 logger = logging.getLogger("ray.serve")
 State = Literal["off", "hit", "miss"]
 _PACKAGES = ("hotswap", "torch", "transformers", "peft")
+_NOT_COMPILED = ("_name_or_path", "transformers_version")  # each node may keep it elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +107,12 @@ def _pack(folder: Path) -> bytes:
 def _key(slot: Slot) -> str:
     """Of everything that compiled code depends on and its own cache might not look at."""
     model = slot.model.base_model.model
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     facts = {
         "packages": {name: version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "model": json.loads(model.config.to_json_string(use_diff=False)),
+        "model": {name: value for name, value in config.items() if name not in _NOT_COMPILED},
         "dtype": str(model.dtype),
         "layout": slot.layout.fingerprint,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,8 +63,9 @@ def test_the_second_replica_compiles_nothing_though_it_shares_no_disk(
     world: TinyWorld, tmp_path: Path
 ) -> None:
     def start(disk: str) -> dict[str, Any]:
+        model = shutil.copytree(world.model, tmp_path / disk / "model")  # each node has its own
         done = subprocess.run(
-            [sys.executable, "-c", REPLICA, str(world.model), f"file://{tmp_path}/shared"],
+            [sys.executable, "-c", REPLICA, str(model), f"file://{tmp_path}/shared"],
             env=os.environ | {"HOTSWAP_CACHE": str(tmp_path / disk)},
             capture_output=True,
             text=True,
@@ -135,6 +137,16 @@ def test_a_store_out_of_reach_costs_a_warning_and_no_more(
     cache = open_compile_cache(slot, settings(world, str(tmp_path / "file")))
     assert cache.state == "miss"
     cache.publish()
+
+
+def test_the_same_model_in_another_folder_has_the_same_archive(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    copied = TinyWorld(tmp_path / "elsewhere")
+    shutil.copytree(world.model, copied.model)
+    wanted = settings(world, str(tmp_path / "shared"))
+    uris = {open_compile_cache(new_slot(one), wanted).uri for one in (world, copied)}
+    assert len(uris) == 1
 
 
 def test_another_envelope_has_another_archive(world: TinyWorld, tmp_path: Path) -> None:
