@@ -1,10 +1,11 @@
-"""Which replicas move next: the one rule about waves.
+"""Which replicas move next, and how many a dedicated canary needs.
 
 Used by the machine's `progressing` state. It looks at sets of replica names and nothing else.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
@@ -34,3 +35,14 @@ def next_wave(
         budget = min(budget, len(in_service) - 1)
     movable = [r for r in waiting if r in in_service]
     return free + movable[: max(budget, 0)]
+
+
+def canaries(replicas: int, *, weight: float) -> int:
+    """How many of the replicas carry `weight` percent; below 100 at least one stays with stable.
+
+    0 when there are too few for both.
+    """
+    if weight >= 100:
+        return replicas
+    # a hair less than the product: 3 * 100 / 3 % are three replicas, whatever floats make of it
+    return min(math.ceil(replicas * weight / 100 - 1e-9), replicas - 1) if replicas > 1 else 0

@@ -4,17 +4,72 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .analysis import Verdict
 from .plan import Plan
-from .state import Failure
+from .state import Failure, Traffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """A user asked for a rollout; the adapter was packed and is `target`."""
+class Request:
+    """What a user asks for.
+
+    `expected_generation`: the decision that the user knew of; another one may have come since.
+    `key`: the user's own name for this request; a second one with the same key does nothing.
+    """
+
+    at: float
+    expected_generation: int | None = None
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked(Request):
+    """For a rollout; the adapter was packed and is `target`."""
 
     plan: Plan
     target: str
-    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbortRequested(Request):
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PauseRequested(Request):
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeRequested(Request):
+    """To go on after a pause that was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromoteRequested(Request):
+    """To leave the current step now, whatever is measured; `full`: every step that is left."""
+
+    full: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryRequested(Request):
+    """To try again what failed, from the step that it failed in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRequested(Request):
+    """That every replica serves `revision` too, and `instead_of` no longer."""
+
+    revision: str
+    instead_of: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnloadRequested(Request):
+    """That no replica serves `revision` beside its own any more."""
+
+    revision: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +82,15 @@ class Reported:
     serving: bool
     failure: Failure | None
     beside: tuple[str, ...] = ()
+    traffic: Traffic | None = None
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """Several replicas said what they hold: the same as each alone, decided upon once."""
+
+    reports: tuple[Reported, ...]
     at: float
 
 
@@ -39,30 +103,11 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AbortRequested:
-    reason: str
-    at: float
+class Judged:
+    """The canary of `trial` was looked at, and this came of it."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadRequested:
-    """A user asked that every replica serves `revision` too, and `instead_of` no longer.
-
-    `expected_generation`: the decision that the user knew of; another one may have come since.
-    """
-
-    revision: str
-    instead_of: str | None = None
-    expected_generation: int | None = None
-    at: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnloadRequested:
-    """A user asked that no replica serves `revision` beside its own any more."""
-
-    revision: str
-    expected_generation: int | None = None
+    trial: str
+    verdict: Verdict
     at: float
 
 
@@ -71,4 +116,14 @@ class Ticked:
     at: float
 
 
-Event = Asked | Reported | Left | AbortRequested | LoadRequested | UnloadRequested | Ticked
+Requested = (
+    Asked
+    | AbortRequested
+    | PauseRequested
+    | ResumeRequested
+    | PromoteRequested
+    | RetryRequested
+    | LoadRequested
+    | UnloadRequested
+)
+Event = Requested | Reported | Heard | Left | Judged | Ticked

@@ -1,28 +1,61 @@
 """What a user asks for: the plan of a rollout.
 
 First in the pipeline plan -> machine -> assignment. The plan never changes after it was accepted;
-how far the rollout is lives in the machine's state.
+how far the rollout is lives in the machine's state. `python -m serve_app.rollout.plan` prints its
+JSON schema.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from itertools import pairwise
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Strategy = Literal["all_at_once", "rolling"]
+from .analysis import Analysis
+from .duration import Duration
+
+Strategy = Literal["all_at_once", "rolling", "canary"]
+Placement = Literal["dedicated", "shared"]
 InFlight = Literal["drain", "overlap"]
+OnFailure = Literal["rollback", "pause"]
+DAY_S = 86_400.0
+
+
+class Step(BaseModel):
+    """One step of a canary: this share of the requests, for this long at least.
+
+    `hold`: from when every replica does its part. 'manual': until somebody promotes it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight: Annotated[float, Field(gt=0, le=100, description="percent of the requests")]
+    hold: Annotated[Duration, Field(ge=0, le=30 * DAY_S)] | Literal["manual"] = 0.0
+
+    @property
+    def hold_s(self) -> float:
+        return 0.0 if self.hold == "manual" else self.hold
 
 
 class Plan(BaseModel):
     """Move the fleet to one adapter.
 
-    `all_at_once` commits on every replica as soon as all of them have staged the image. `rolling`
-    commits in waves of at most `max_unavailable` replicas.
+    `strategy`: `all_at_once` commits on every replica as soon as all of them have staged the image.
+    `rolling` commits in waves of at most `max_unavailable` replicas. `canary` first gives the
+    adapter a share of the requests, `steps` by step, and then goes on like `rolling`.
+
+    `placement` of a canary: `shared`, every replica holds both revisions and takes the share of its
+    own requests, so that one replica is enough; `dedicated`, some replicas hold the canary alone,
+    and requests are routed to them. None: shared where the fleet can, else dedicated.
 
     `in_flight`: what happens to requests that run when their replica moves, there and back.
     `drain`: new ones wait until they are done. `overlap`: they finish on the revision that they
     began with, beside the new ones. None: overlap where the fleet can, else drain.
+
+    `analysis`: what each step of a canary has to pass. `on_failure`: what a replica that cannot, a
+    verdict that fails or a deadline that is over leads to.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
@@ -34,10 +67,43 @@ class Plan(BaseModel):
         str | None, Field(max_length=256, description="revision name; else taken from the source")
     ] = None
     strategy: Strategy = "rolling"
+    steps: Annotated[tuple[Step, ...], Field(max_length=100)] = ()
+    placement: Placement | None = None
+    analysis: Analysis | None = None
     max_unavailable: Annotated[
         int, Field(ge=1, description="replicas that may be out of service for the swap at once")
     ] = 1
     in_flight: InFlight | None = None
-    progress_deadline_s: Annotated[
-        float, Field(gt=0, le=86_400, description="abort when not finished after this many seconds")
+    progress_deadline: Annotated[
+        Duration,
+        Field(
+            gt=0,
+            le=30 * DAY_S,
+            description="it fails when it gets no further for this long, beyond what it holds",
+        ),
     ] = 600.0
+    on_failure: OnFailure = "rollback"
+    history_limit: Annotated[
+        int, Field(ge=1, le=1000, description="earlier rollouts and revisions that are kept")
+    ] = 20
+
+    @model_validator(mode="after")
+    def _can_work(self) -> Self:
+        if self.strategy != "canary":
+            for field in ("steps", "placement", "analysis"):
+                if getattr(self, field):
+                    raise ValueError(f"{field} is for strategy 'canary', not {self.strategy!r}")
+            return self
+        if not self.steps:
+            raise ValueError("a canary needs steps, such as [{'weight': 10, 'hold': '1m'}]")
+        for before, after in pairwise(self.steps):
+            if after.weight <= before.weight:
+                raise ValueError(
+                    f"the weights of the steps have to grow: {after.weight:g} % comes after "
+                    f"{before.weight:g} %"
+                )
+        return self
+
+
+if __name__ == "__main__":
+    print(json.dumps(Plan.model_json_schema(), indent=2))

@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from .plan import InFlight, Plan
+from .analysis import Outcome, Verdict
+from .plan import InFlight, Placement, Plan, Step
 
 
 class State(StrEnum):
     PENDING = "pending"
     STAGING = "staging"
     PROGRESSING = "progressing"
+    PAUSED = "paused"
     PROMOTING = "promoting"
     SUCCEEDED = "succeeded"
     ABORTING = "aborting"
@@ -27,18 +29,47 @@ class State(StrEnum):
     SUPERSEDED = "superseded"
 
 
-_TO_END = frozenset({State.ABORTING, State.SUPERSEDED})
+class Pause(StrEnum):
+    """What a paused rollout waits for."""
 
+    ASKED = "asked"  # for whoever paused it
+    STEP = "step"  # its step is held until somebody promotes it
+    FAILURE = "failure"  # something failed, and the plan says to wait rather than go back
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the transition table."""
+
+    before: State
+    after: State
+    when: str
+
+
+# Everything that a rollout can do. `serve_app.rollout.table` makes the documentation from it, and
+# `serve_app.rollout.machine` refuses every other step.
+TABLE: tuple[Row, ...] = (
+    Row(State.PENDING, State.STAGING, "at once: replicas are told to stage the target"),
+    Row(State.STAGING, State.PROGRESSING, "every replica has staged the target"),
+    Row(State.STAGING, State.PAUSED, "pause; a failure, with `on_failure: pause`"),
+    Row(State.STAGING, State.ABORTING, "abort; a failure or the deadline, with rollback"),
+    Row(State.STAGING, State.SUPERSEDED, "a newer plan"),
+    Row(State.PROGRESSING, State.PAUSED, "pause; `hold: manual`; a failure, with pause"),
+    Row(State.PROGRESSING, State.PROMOTING, "every replica serves the target"),
+    Row(State.PROGRESSING, State.ABORTING, "abort; a failure, verdict or deadline, with rollback"),
+    Row(State.PROGRESSING, State.SUPERSEDED, "a newer plan"),
+    Row(State.PAUSED, State.STAGING, "resume, promote or retry, and some have not staged yet"),
+    Row(State.PAUSED, State.PROGRESSING, "resume, promote or retry"),
+    Row(State.PAUSED, State.PAUSED, "a verdict that fails, with `on_failure: pause`"),
+    Row(State.PAUSED, State.ABORTING, "abort; a verdict that fails, with rollback"),
+    Row(State.PAUSED, State.SUPERSEDED, "a newer plan"),
+    Row(State.PROMOTING, State.SUCCEEDED, "at once: the target is stable"),
+    Row(State.ABORTING, State.ABORTED, "every replica serves stable, and it alone"),
+    Row(State.ABORTING, State.FAILED, "a replica cannot go back"),
+    Row(State.ABORTING, State.SUPERSEDED, "a newer plan"),
+)
 TRANSITIONS: Mapping[State, frozenset[State]] = {
-    State.PENDING: frozenset({State.STAGING}) | _TO_END,
-    State.STAGING: frozenset({State.PROGRESSING}) | _TO_END,
-    State.PROGRESSING: frozenset({State.PROMOTING}) | _TO_END,
-    State.PROMOTING: frozenset({State.SUCCEEDED}),
-    State.ABORTING: frozenset({State.ABORTED, State.FAILED, State.SUPERSEDED}),
-    State.SUCCEEDED: frozenset(),
-    State.ABORTED: frozenset(),
-    State.FAILED: frozenset(),
-    State.SUPERSEDED: frozenset(),
+    state: frozenset(row.after for row in TABLE if row.before is state) for state in State
 }
 
 
@@ -78,23 +109,40 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """`weight` percent of the requests that name no revision go to `canary`.
+
+    `shared`: each replica sees to it for its own. `dedicated`: whoever routes requests does.
+    `trial`: the step of the rollout that they are for; what is measured belongs to it.
+    """
+
+    canary: str
+    weight: float
+    placement: Placement
+    trial: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
     """What a replica said last. `serving`: its revision is committed, verified, and it admits.
 
-    `beside`: what it answers with, too, when a request names it. `outdated`: it was sent to another
-    revision after it said that, and may be anywhere by now.
+    `beside`: what it answers with, too, when a request names it. `traffic`: what it goes by.
+    `outdated`: it was sent to another revision after it said that, and may be anywhere by now.
+    `heard`: it said something; else it is expected back since a restart, and nothing is known.
     """
 
+    heard: bool = False
     holds: str | None = None
     staged: str | None = None
     serving: bool = False
     failure: Failure | None = None
     beside: tuple[str, ...] = ()
+    traffic: Traffic | None = None
     outdated: bool = False
     seen_at: float = 0.0
 
     def has(self, revision: str) -> bool:
-        return revision in (self.holds, self.staged)
+        return revision in (self.holds, self.staged, *self.beside)
 
     def serves(self, revision: str) -> bool:
         return self.serving and self.holds == revision and not self.outdated
@@ -111,7 +159,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One rollout: the plan, and how far it is. Times are seconds since the epoch."""
+    """One rollout: the plan, and how far it is. Times are seconds since the epoch.
+
+    `begun`: every replica had staged the target. `step`: the index in the plan's steps; behind the
+    last one, the whole fleet moves. `placed_at`: when every replica did its part in the step, and
+    its hold began. `attempt`: grows with every retry. `pause`: what it waits for while paused.
+    `since`: the generation it began in, or was retried in; failures from before do not count.
+    """
 
     id: str
     plan: Plan
@@ -119,7 +173,14 @@ class Rollout:
     previous: str
     state: State = State.PENDING
     reason: str | None = None
-    since: int = 0  # the generation it began in; failures from before it do not count
+    key: str | None = None
+    since: int = 0
+    begun: bool = False
+    step: int = 0
+    placed_at: float | None = None
+    attempt: int = 1
+    pause: Pause | None = None
+    verdicts: tuple[Verdict, ...] = ()
     created_at: float = 0.0
     deadline_at: float = 0.0
     ended_at: float | None = None
@@ -129,12 +190,38 @@ class Rollout:
     def ended(self) -> bool:
         return not TRANSITIONS[self.state]
 
+    @property
+    def current(self) -> Step | None:
+        """The step that it is in; None: it has no steps, or has left the last one."""
+        steps = self.plan.steps
+        return steps[self.step] if self.step < len(steps) else None
+
+    @property
+    def trial(self) -> str:
+        return f"{self.id}.{self.step + 1}.{self.attempt}"
+
+    @property
+    def hold_until(self) -> float | None:
+        """When the current step has been held for long enough; None: nobody knows yet."""
+        if self.placed_at is None or self.current is None or self.current.hold == "manual":
+            return None
+        return self.placed_at + self.current.hold
+
+    @property
+    def unclear(self) -> Verdict | None:
+        """The verdict on the current step that said nothing, if that is all there is."""
+        last = self.verdicts[-1] if self.verdicts else None
+        if last is None or last.step != self.step or last.outcome is not Outcome.INCONCLUSIVE:
+            return None
+        return last
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
     """The machine's whole state. `rollout` is the running one, or the last one that ran.
 
     `loaded`: revisions that every replica serves for requests that name them, oldest first.
+    `keys`: of the requests that users gave a key of their own, newest last.
     """
 
     stable: str
@@ -146,6 +233,7 @@ class Fleet:
     past: tuple[Rollout, ...] = ()
     history: tuple[str, ...] = ()
     rollouts: int = 0
+    keys: tuple[str, ...] = ()
     observed: Mapping[str, Observed] = field(default_factory=dict)
 
     @property
@@ -158,12 +246,6 @@ class Fleet:
         asked = None if self.rollout is None else self.rollout.plan.in_flight
         return asked or "drain"  # which every fleet can
 
-    def decision(self) -> object:
-        """Everything that a replica could see; when it changes, the generation grows."""
-        staging = self.running.target if self.running else None
-        how_far = self.rollout and self.rollout.state
-        return self.stable, self.loaded, self.assigned, self.in_flight, staging, how_far
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Desired:
@@ -171,6 +253,9 @@ class Desired:
 
     `hold`: the revision for requests that name none; `in_flight`: how to get there. `beside`: those
     to serve for requests that name them. `stage`: the one to have ready for a later document.
+    `traffic`: the share of the requests that a canary gets. `stable`, `loaded`, `rollouts` and
+    `sources` (revision, where it came from) are for a controller that has lost its journal
+    (`serve_app.rollout.recovery`).
     """
 
     epoch: int
@@ -179,3 +264,8 @@ class Desired:
     stage: str | None = None
     beside: tuple[str, ...] = ()
     in_flight: InFlight = "drain"
+    traffic: Traffic | None = None
+    stable: str = ""
+    loaded: tuple[str, ...] = ()
+    rollouts: int = 0
+    sources: tuple[tuple[str, str], ...] = ()

@@ -68,6 +68,17 @@ class FakeReplica:
         self.is_open = self.holds is not None
         self.gave_up = True
 
+    @property
+    def refused(self) -> Failure | None:
+        """That it cannot serve the canary beside its default; of what else it cannot, no word."""
+        doc = self.doc
+        if doc is None or doc.traffic is None or self.holds != doc.hold:
+            return None
+        canary = doc.traffic.canary
+        if canary not in doc.beside or canary not in self.cannot:
+            return None
+        return Failure(revision=canary, reason="no lane", generation=doc.generation)
+
     def report(self, *, at: float) -> Reported:
         assigned = self.doc is not None and self.doc.hold == self.holds
         return Reported(
@@ -75,7 +86,8 @@ class FakeReplica:
             holds=self.holds,
             staged=self.staged,
             serving=assigned and self.is_open,
-            failure=self.failure,
+            failure=self.failure or self.refused,
             beside=tuple(sorted(self.beside - {self.holds})),
+            traffic=None if self.doc is None else self.doc.traffic,
             at=at,
         )

@@ -1,142 +1,58 @@
-"""The rollout machine: each rule by a small example, and all of them by a fleet gone wild."""
+"""The rollout machine: each rule of staging, waves, aborting and membership by a small example.
+
+A canary's steps are in test_canary, requests in test_requests; all of them together meet a fleet
+gone wild in test_wild_fleet.
+"""
 
 from __future__ import annotations
 
 import copy
-import uuid
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from serve_app.journal import Entry, Journal
-from serve_app.rollout.events import (
-    AbortRequested,
-    Asked,
-    Event,
-    Left,
-    LoadRequested,
-    Reported,
-    Ticked,
-    UnloadRequested,
-)
-from serve_app.rollout.machine import advance, desired, pending, progress, restored, silent
-from serve_app.rollout.plan import InFlight, Plan, Strategy
+from serve_app.rollout.events import Event, Heard, Left, Reported, Ticked
+from serve_app.rollout.machine import advance, desired, pending, silent
+from serve_app.rollout.plan import InFlight, Strategy
+from serve_app.rollout.recovery import restored
 from serve_app.rollout.state import (
     TRANSITIONS,
     Desired,
-    Failure,
     Fleet,
     GenerationMismatch,
     IllegalEvent,
     Observed,
-    Rollout,
     State,
 )
+from serve_app.rollout.walk import progress
 
-from .fake_replica import FakeReplica
-
-OLD, NEW, OTHER = "old@1", "new@2", "other@3"
-TENANT = "tenant@4"
-
-
-# ---- small examples -----------------------------------------------------------------------------
-
-
-def ask(
-    target: str = NEW,
-    *,
-    strategy: Strategy = "rolling",
-    max_unavailable: int = 1,
-    in_flight: InFlight | None = None,
-    deadline_s: float = 600,
-    at: float = 10.0,
-) -> Asked:
-    plan = Plan(
-        adapter=target,
-        strategy=strategy,
-        max_unavailable=max_unavailable,
-        in_flight=in_flight,
-        progress_deadline_s=deadline_s,
-    )
-    return Asked(plan=plan, target=target, at=at)
+from .fleets import (
+    NEW,
+    OLD,
+    OTHER,
+    TENANT,
+    abort,
+    after,
+    ask,
+    broken,
+    canary,
+    fleet_of,
+    load,
+    rolled,
+    said,
+    staged_everywhere,
+    state_of,
+    step,
+    unload,
+)
 
 
-def said(
-    replica: str,
-    holds: str | None = OLD,
-    *,
-    staged: str | None = None,
-    serving: bool = True,
-    failure: Failure | None = None,
-    beside: tuple[str, ...] = (),
-    at: float = 11.0,
-) -> Reported:
-    return Reported(
-        replica=replica,
-        holds=holds,
-        staged=staged,
-        serving=serving,
-        failure=failure,
-        beside=beside,
-        at=at,
-    )
-
-
-def load(
-    revision: str = TENANT, *, instead_of: str | None = None, expected: int | None = None
-) -> LoadRequested:
-    return LoadRequested(
-        revision=revision, instead_of=instead_of, expected_generation=expected, at=12.0
-    )
-
-
-def unload(revision: str = TENANT, *, expected: int | None = None) -> UnloadRequested:
-    return UnloadRequested(revision=revision, expected_generation=expected, at=12.0)
-
-
-def abort(at: float = 12.0) -> AbortRequested:
-    return AbortRequested(reason="no good", at=at)
-
-
-def after(fleet: Fleet, *events: Event) -> Fleet:
-    for event in events:
-        fleet = advance(fleet, event)
-    return fleet
-
-
-def fleet_of(count: int) -> Fleet:
-    """`count` replicas r1, r2, ... that all serve OLD."""
-    return after(Fleet(stable=OLD, history=(OLD,)), *(said(f"r{i + 1}") for i in range(count)))
-
-
-def staged_everywhere(fleet: Fleet, target: str = NEW) -> Fleet:
-    for replica, seen in fleet.observed.items():
-        fleet = advance(fleet, said(replica, seen.holds, staged=target, serving=seen.serving))
-    return fleet
-
-
-def rolled(fleet: Fleet, target: str = NEW) -> Fleet:
-    """Every replica does at once what it was told, until nobody is told anything."""
-    for _ in range(4 * len(fleet.observed) + 4):
-        for replica, want in pending(fleet).items():
-            fleet = advance(fleet, said(replica, want.hold, staged=want.stage, beside=want.beside))
-    assert pending(fleet) == {}
-    assert all(seen.holds == target for seen in fleet.observed.values())
-    return fleet
-
-
-def state_of(fleet: Fleet) -> State:
-    assert fleet.rollout is not None
-    return fleet.rollout.state
-
-
-def broken(revision: str, generation: int) -> Failure:
-    return Failure(revision=revision, reason="no luck", generation=generation)
+def plain(fleet: Fleet) -> Desired:
+    """The document of a replica that shall hold OLD, and nothing else."""
+    return Desired(epoch=1, generation=fleet.generation, hold=OLD, stable=OLD, rollouts=1)
 
 
 def test_the_fleet_stages_before_any_replica_is_moved() -> None:
@@ -213,7 +129,7 @@ def test_a_rollout_that_takes_too_long_is_taken_back() -> None:
     assert state_of(advance(fleet, Ticked(at=129.9))) is State.STAGING
     fleet = advance(fleet, Ticked(at=130.0))
     assert fleet.rollout is not None
-    assert fleet.rollout.reason == "not finished within 30 s"
+    assert fleet.rollout.reason == "it was not over within 30 s"
     assert state_of(fleet) is State.ABORTED
 
 
@@ -227,7 +143,7 @@ def test_an_abort_outranks_the_target_and_drops_what_was_staged() -> None:
     fleet = staged_everywhere(advance(fleet_of(2), ask()))
     fleet = after(fleet, said("r1", NEW, staged=NEW), said("r2", NEW, serving=False), abort())
     assert state_of(fleet) is State.ABORTING
-    assert desired(fleet, "r2") == Desired(epoch=1, generation=fleet.generation, hold=OLD)
+    assert desired(fleet, "r2") == plain(fleet)
     assert desired(fleet, "r1").stage is None
     fleet = advance(fleet, said("r2", NEW))
     assert state_of(fleet) is State.ABORTING, "it committed the target after all: too late"
@@ -314,7 +230,7 @@ def test_a_late_joiner_gets_stable_whatever_runs() -> None:
     fleet = advance(fleet, said("late", None, serving=False))
     assert fleet.assigned["late"] == OLD
     fleet = advance(advance(fleet_of(2), ask(OTHER)), abort())
-    assert desired(fleet, "late") == Desired(epoch=1, generation=fleet.generation, hold=OLD)
+    assert desired(fleet, "late") == plain(fleet)
 
 
 def test_a_rollout_waits_for_the_late_joiner_and_takes_it_along() -> None:
@@ -519,394 +435,53 @@ def test_every_state_has_a_row_and_every_row_leads_to_states() -> None:
     assert ends == {State.SUCCEEDED, State.ABORTED, State.FAILED, State.SUPERSEDED}
 
 
-# ---- a fleet gone wild --------------------------------------------------------------------------
-
-TARGETS = [NEW, OTHER, OLD]
-TENANTS = [TENANT, NEW, OLD, "more@5"]
-some_replica = st.integers(0, 6)
-
-
-def reachable(state: State) -> set[State]:
-    found = {state}
-    while True:
-        more = found | {successor for one in found for successor in TRANSITIONS[one]}
-        if more == found:
-            return found
-        found = more
+def test_a_failure_among_several_reports_is_heard() -> None:
+    fleet = staged_everywhere(advance(fleet_of(2), ask()))
+    failed = said("r1", OLD, staged=NEW, failure=broken(NEW, fleet.generation))
+    fleet = advance(fleet, Heard(reports=(failed, said("r2", staged=NEW)), at=12))
+    assert state_of(fleet) is State.ABORTING
 
 
-class WildFleet(RuleBasedStateMachine):
-    """Replicas obey, lag, fail, die, vanish and join, while users ask and the controller dies."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 100.0
-        self.fleet = Fleet(stable=OLD, history=(OLD,))
-        self.replicas: dict[str, FakeReplica] = {}
-        self.loaded: list[str] = []
-        self.mail: list[tuple[Reported, Desired | None]] = []
-        self.journal = Journal(f"memory://wild-fleet/{uuid.uuid4().hex}")
-
-    # ---- what happens -----------------------------------------------------------------------
-
-    @initialize(count=st.integers(1, 4), max_unavailable=st.integers(1, 3), staged=st.booleans())
-    def a_rollout_has_begun(self, count: int, max_unavailable: int, staged: bool) -> None:
-        for _ in range(count):
-            self.a_replica_joins()
-        self.every_replica_obeys()
-        self.feed(ask(max_unavailable=max_unavailable, deadline_s=1000.0, at=self.now))
-        if staged:
-            self.every_replica_obeys()
-
-    @precondition(lambda self: len(self.replicas) < 6)
-    @rule()
-    def a_replica_joins(self) -> None:
-        name = f"r{len(self.replicas)}"
-        self.replicas[name] = FakeReplica(name)
-        self.feed(self.replicas[name].report(at=self.now))
-
-    @rule(which=some_replica)
-    def a_replica_hears(self, which: int) -> None:
-        if replica := self.pick(which):
-            replica.hear(desired(self.fleet, replica.name))
-
-    @rule(which=some_replica)
-    def a_replica_works(self, which: int) -> None:
-        if replica := self.pick(which):
-            replica.work()
-
-    @rule(which=some_replica)
-    def a_replica_reports(self, which: int) -> None:
-        if replica := self.pick(which):
-            self.feed(replica.report(at=self.now))
-
-    @rule(which=some_replica)
-    def a_replica_obeys(self, which: int) -> None:
-        if replica := self.pick(which):
-            self.obey(replica)
-
-    @rule()
-    def every_replica_obeys(self) -> None:
-        for replica in self.living():
-            self.obey(replica)
-
-    @rule(which=some_replica)
-    def a_replica_fails(self, which: int) -> None:
-        replica = self.pick(which)
-        if replica and replica.job is not None:
-            replica.fail()
-
-    @rule(which=some_replica, revision=st.sampled_from(TENANTS))
-    def a_replica_cannot_serve_one_beside(self, which: int, revision: str) -> None:
-        if replica := self.pick(which):
-            replica.cannot.add(revision)
-
-    @rule(
-        revision=st.sampled_from(TENANTS),
-        instead_of=st.none() | st.sampled_from(TENANTS),
-        late=st.booleans(),
-    )
-    def a_user_loads(self, revision: str, instead_of: str | None, late: bool) -> None:
-        event = load(revision, instead_of=None if instead_of == revision else instead_of)
-        self.a_user_changes_tenants(event, late=late)
-
-    @rule(revision=st.sampled_from(TENANTS), late=st.booleans())
-    def a_user_unloads(self, revision: str, late: bool) -> None:
-        self.a_user_changes_tenants(unload(revision), late=late)
-
-    def a_user_changes_tenants(self, event: LoadRequested | UnloadRequested, *, late: bool) -> None:
-        before = self.fleet
-        event = replace(event, at=self.now, expected_generation=before.generation - late)
-        if late:
-            with pytest.raises(GenerationMismatch):
-                advance(before, event)
-            return
-        gone = event.revision if isinstance(event, UnloadRequested) else event.instead_of
-        self.loaded = [name for name in self.loaded if name != gone]
-        if isinstance(event, LoadRequested) and event.revision not in self.loaded:
-            self.loaded.append(event.revision)
-        otherwise = advance(before, Ticked(at=self.now))
-        self.feed(event)
-        now = self.fleet
-        otherwise = replace(otherwise, loaded=now.loaded, generation=now.generation)
-        assert now == otherwise, "it moved somebody, or ended something"
-
-    @rule(which=some_replica)
-    def a_report_is_under_way_for_long(self, which: int) -> None:
-        if replica := self.pick(which):
-            self.mail.append((replica.report(at=self.now), replica.doc))
-
-    @precondition(lambda self: self.mail)
-    @rule(which=some_replica, again=st.booleans())
-    def a_late_report_arrives(self, which: int, again: bool) -> None:
-        late, acted_on = letter = self.mail[which % len(self.mail)]
-        if not again:
-            self.mail.remove(letter)
-        replica = self.replicas[late.replica]
-        if replica.alive and late.replica in self.fleet.observed:
-            # the controller sees that it has told the replica something else since
-            self.feed(late if acted_on == replica.doc else replace(late, serving=False))
-
-    @rule(which=some_replica)
-    def a_replica_dies(self, which: int) -> None:
-        if replica := self.pick(which):
-            replica.alive = False
-
-    @rule(which=some_replica)
-    def a_replica_is_counted_as_gone(self, which: int) -> None:
-        names = [r for r in self.replicas if r in self.fleet.observed]
-        if names:
-            name = names[which % len(names)]
-            self.replicas[name].lost = True
-            self.feed(Left(replica=name, at=self.now))
-
-    @rule(
-        revision=st.sampled_from(TARGETS),
-        strategy=st.sampled_from(["rolling", "rolling", "all_at_once"]),
-        max_unavailable=st.integers(1, 3),
-        in_flight=st.sampled_from(["drain", "overlap", None]),
-        deadline_s=st.sampled_from([5.0, 1000.0]),
-    )
-    def a_user_asks(
-        self,
-        revision: str,
-        strategy: Strategy,
-        max_unavailable: int,
-        in_flight: InFlight | None,
-        deadline_s: float,
-    ) -> None:
-        asked = ask(
-            revision,
-            strategy=strategy,
-            max_unavailable=max_unavailable,
-            in_flight=in_flight,
-            deadline_s=deadline_s,
-            at=self.now,
-        )
-        if self.fleet.observed:
-            self.feed(asked)
-            return
-        kept = copy.deepcopy(self.fleet)
-        with pytest.raises(IllegalEvent):
-            advance(self.fleet, asked)
-        assert self.fleet == kept
-
-    @rule()
-    def a_user_aborts(self) -> None:
-        before = self.fleet
-        self.feed(abort(at=self.now))
-        if before.running is None:
-            assert self.fleet == before
-            return
-        assert self.fleet.running is None or self.fleet.running.state is State.ABORTING
-
-    @rule(seconds=st.sampled_from([0.25, 6.0]))
-    def time_passes(self, seconds: float) -> None:
-        self.now += seconds
-        self.feed(Ticked(at=self.now))
-
-    @rule()
-    def the_controller_dies_and_comes_back(self) -> None:
-        self.journal.write(Entry(fleet=self.fleet, declared=None, sources={}))
-        entry = self.journal.read()
-        assert entry is not None
-        again = restored(entry.fleet, at=self.now)
-        assert (again.epoch, again.generation) > (self.fleet.epoch, self.fleet.generation)
-        assert (again.rollout, again.stable) == (self.fleet.rollout, self.fleet.stable)
-        assert again.loaded == self.fleet.loaded
-        self.fleet = again
-
-    def everything_calms_down(self) -> None:
-        """Liveness: nothing fails any more, so the fleet gets to where it shall be.
-
-        What cannot be served beside keeps nobody from it; that comes last.
-        """
-        self.mail.clear()
-        if not self.living():
-            self.a_replica_joins()  # Serve starts another
-        for replica in self.replicas.values():
-            if not replica.alive and replica.name in self.fleet.observed:
-                self.feed(Left(replica=replica.name, at=self.now))
-        for _ in range(6 * len(self.replicas) + 12):
-            self.now += 0.25
-            for replica in self.living():
-                self.obey(replica)
-            self.feed(Ticked(at=self.now))
-            if self.fleet.running is None and all(
-                each.holds == self.fleet.stable and each.is_open for each in self.living()
-            ):
-                break
-        assert self.fleet.running is None
-        for replica in self.living():
-            replica.cannot.clear()
-            self.obey(replica)
-        assert pending(self.fleet) == {}
-        assert {replica.name for replica in self.living()} == set(self.fleet.observed)
-        assert all(r.holds == self.fleet.stable and r.is_open for r in self.living())
-        assert all({r.holds, *r.beside} >= set(self.loaded) for r in self.living())
-
-    def teardown(self) -> None:
-        self.everything_calms_down()
-
-    # ---- what must hold ---------------------------------------------------------------------
-
-    @invariant()
-    def every_replica_is_told_something_sensible(self) -> None:
-        fleet = self.fleet
-        assert set(fleet.assigned) == set(fleet.observed)
-        known = {fleet.stable, *(r.target for r in self.rollouts(fleet).values())}
-        assert set(fleet.assigned.values()) <= known
-        if fleet.running is not None and fleet.running.state is State.ABORTING:
-            assert {desired(fleet, r).stage for r in fleet.assigned} <= {None}
-
-    @invariant()
-    def what_is_loaded_is_served_by_all_of_them(self) -> None:
-        assert list(self.fleet.loaded) == self.loaded
-        for name in [*self.fleet.assigned, "a late joiner"]:
-            want = desired(self.fleet, name)
-            assert want.hold not in want.beside
-            assert list(want.beside) == [one for one in self.loaded if one != want.hold]
-
-    @invariant()
-    def the_way_back_is_the_stable_revision(self) -> None:
-        running = self.fleet.running
-        assert running is None or running.previous == self.fleet.stable
-
-    def feed(self, event: Event) -> None:
-        before = self.fleet
-        self.fleet = advance(before, event)
-        self.check_numbers(before)
-        self.check_walk(before)
-        self.check_stable(before)
-        if isinstance(event, Reported) and event.replica not in before.assigned:
-            sent = self.fleet.assigned[event.replica]
-            assert sent == before.stable or event.serving, "a late joiner gets stable"
-        self.check_service(before)
-        self.check_abort(before)
-        self.check_why(event, before)
-        for replica in self.replicas.values():
-            if replica.is_open and desired(self.fleet, replica.name).hold == replica.holds:
-                replica.lost = replica.lost and replica.name not in self.fleet.observed
-
-    def check_numbers(self, before: Fleet) -> None:
-        fleet = self.fleet
-        assert (fleet.epoch, fleet.generation) >= (before.epoch, before.generation)
-        if fleet.generation == before.generation:
-            for name in fleet.assigned:
-                assert desired(fleet, name) == desired(before, name)
-
-    def check_walk(self, before: Fleet) -> None:
-        was, now = self.rollouts(before), self.rollouts(self.fleet)
-        for id, rollout in was.items():
-            if rollout.ended:
-                assert now[id] == rollout, "what has ended does not change"
-            else:
-                assert now[id].state in reachable(rollout.state)
-        assert sum(not rollout.ended for rollout in now.values()) <= 1
-
-    def check_stable(self, before: Fleet) -> None:
-        fleet = self.fleet
-        if succeeded := self.succeeded(before):
-            assert [fleet.stable] == succeeded
-            for replica in self.present():
-                assert replica.holds == fleet.stable, f"{replica.name} does not hold the target"
-        else:
-            assert fleet.stable == before.stable
-
-    def check_abort(self, before: Fleet) -> None:
-        """Once it is going back, nobody is sent anywhere but to stable."""
-        running = before.running
-        same = running is not None and self.rollouts(self.fleet)[running.id].state
-        if same and running and running.state is State.ABORTING and same is not State.SUPERSEDED:
-            for name, revision in self.fleet.assigned.items():
-                assert revision in (self.fleet.stable, before.assigned.get(name))
-
-    def check_why(self, event: Event, before: Fleet) -> None:
-        """A rollout goes back for its own target, its deadline or a user, and nothing else."""
-        running = before.running
-        if running is None or running.state is State.ABORTING:
-            return
-        now = self.rollouts(self.fleet)[running.id]
-        if now.state not in (State.ABORTING, State.ABORTED):
-            return
-        failures = [seen.failure for seen in self.fleet.observed.values() if seen.failure]
-        assert (
-            isinstance(event, AbortRequested)
-            or event.at >= running.deadline_at
-            or any(failure.revision == running.target for failure in failures)
-        )
-
-    def check_service(self, before: Fleet) -> None:
-        """Whoever is taken out of service for a rolling swap leaves enough others behind."""
-        running = self.fleet.running
-        if running is None or running.plan.strategy != "rolling":
-            return
-        if running.state is not State.PROGRESSING:
-            return
-        sent = [
-            replica
-            for replica in self.present()
-            if before.assigned.get(replica.name) not in (None, running.target)
-            and self.fleet.assigned[replica.name] == running.target
-            and replica.is_open
-            and replica.holds != running.target
-            and replica.failure is None
-        ]
-        if not sent:
-            return
-        at_work = [r for r in self.present() if r.holds is not None and not self.settled(r)]
-        assert len(at_work) <= running.plan.max_unavailable, "too many swap at once"
-        serving = [r for r in self.present() if r.is_open and self.settled(r)]
-        known = [r for r in self.replicas.values() if r.name in self.fleet.observed]
-        gone = [r for r in known if r.lost or not r.alive]
-        assert serving or gone or len(self.fleet.assigned) == 1, "nobody serves"
-
-    # ---- helpers ----------------------------------------------------------------------------
-
-    def obey(self, replica: FakeReplica) -> None:
-        replica.hear(desired(self.fleet, replica.name))
-        for _ in range(5):
-            replica.work()
-        self.feed(replica.report(at=self.now))
-
-    def pick(self, which: int) -> FakeReplica | None:
-        living = self.living()
-        return living[which % len(living)] if living else None
-
-    def living(self) -> list[FakeReplica]:
-        return [replica for replica in self.replicas.values() if replica.alive]
-
-    def present(self) -> list[FakeReplica]:
-        """Alive, and never counted as gone since they served last."""
-        return [r for r in self.living() if r.name in self.fleet.observed and not r.lost]
-
-    def settled(self, replica: FakeReplica) -> bool:
-        """It serves what it shall hold, or failed on it and so serves nothing that counts."""
-        if replica.failure is not None and not replica.is_open:
-            return True
-        return replica.is_open and replica.holds == self.fleet.assigned[replica.name]
-
-    def succeeded(self, before: Fleet) -> list[str]:
-        was = self.rollouts(before)
-        return [
-            rollout.target
-            for id, rollout in self.rollouts(self.fleet).items()
-            if rollout.state is State.SUCCEEDED and (id not in was or not was[id].ended)
-        ]
-
-    @staticmethod
-    def rollouts(fleet: Fleet) -> Mapping[str, Rollout]:
-        every = [*fleet.past, *([] if fleet.rollout is None else [fleet.rollout])]
-        return {rollout.id: rollout for rollout in every}
+def test_of_two_reports_of_one_replica_the_later_one_counts() -> None:
+    fleet = advance(fleet_of(2), ask())
+    reports = said("r1", at=11), said("r1", staged=NEW, at=12)
+    fleet = advance(fleet, Heard(reports=reports, at=12))
+    assert (fleet.observed["r1"].staged, fleet.observed["r1"].seen_at) == (NEW, 12)
 
 
-TestWildFleet: Any = WildFleet.TestCase
-TestWildFleet.settings = settings(
-    max_examples=300,
-    stateful_step_count=30,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-    # every run looks elsewhere; what it finds becomes an example above
-    database=None,
-    phases=[Phase.generate, Phase.shrink],
+a_report = st.builds(
+    said,
+    st.sampled_from(["r1", "r2", "r3", "r4", "r5"]),
+    st.sampled_from([OLD, NEW]),
+    staged=st.sampled_from([NEW, None]),
+    serving=st.booleans(),
 )
+BEFORE = {
+    "nothing runs": fleet_of(3),
+    "staging": advance(fleet_of(3), ask()),
+    "in waves": staged_everywhere(advance(fleet_of(3), ask())),
+    "a canary": staged_everywhere(advance(fleet_of(3), canary(step(10)))),
+    "a dedicated canary": staged_everywhere(
+        advance(fleet_of(3), canary(step(50), placement="dedicated"))
+    ),
+}
+
+
+@given(
+    before=st.sampled_from(sorted(BEFORE)),
+    reports=st.lists(a_report, min_size=1, max_size=5, unique_by=lambda each: each.replica),
+)
+def test_several_reports_at_once_are_the_same_as_one_by_one(
+    before: str, reports: list[Reported]
+) -> None:
+    fleet = BEFORE[before]
+    at_once = advance(fleet, Heard(reports=tuple(reports), at=11))
+    one_by_one = after(fleet, *reports)
+    assert at_once.observed.keys() == one_by_one.observed.keys()
+    joined = [each for each in reports if each.replica not in fleet.assigned]
+    undecided = after(fleet, *reports[:-1]).generation == fleet.generation
+    if undecided:  # else what was decided early was decided without the later ones
+        assert at_once == one_by_one
+    if len(joined) == len(reports) and before == "nothing runs":
+        assert replace(at_once, generation=one_by_one.generation) == one_by_one
+        assert at_once.generation == fleet.generation + 1, "one decision for all of them"

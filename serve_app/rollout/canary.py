@@ -1,0 +1,146 @@
+"""A canary's steps: who carries its share of the requests, for how long, and what is said of it.
+
+Used by the machine before the waves that move the whole fleet. `shared`: every replica holds stable
+and serves the target beside it. `dedicated`: some replicas hold the target alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from . import requests
+from .analysis import Outcome, Verdict
+from .assignment import canaries
+from .events import Judged
+from .plan import Placement
+from .state import Fleet, Pause, Rollout, State, Traffic
+from .walk import fail, to
+from .waves import broken, having, idle, in_service, send
+
+_VERDICTS = 200  # of one rollout: the journal is written whole at every decision
+
+
+def traffic(fleet: Fleet) -> Traffic | None:
+    """The share of the requests that a canary gets now; 0 % while it is taken back."""
+    rollout = fleet.running
+    if rollout is None or not rollout.begun or rollout.plan.strategy != "canary":
+        return None
+    return Traffic(
+        canary=rollout.target,
+        weight=_weight(fleet, rollout),
+        placement=_placement(rollout),
+        trial=rollout.trial,
+    )
+
+
+def hold_step(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
+    """Have the fleet do its part in the step, then hold it; a verdict may end it (`judge`)."""
+    fleet = place(fleet, rollout)
+    step = rollout.current
+    assert step is not None
+    if not _placed(fleet, rollout):  # also when it was, and who carried it is gone
+        return fleet
+    if rollout.placed_at is None:
+        deadline_at = at + step.hold_s + rollout.plan.progress_deadline
+        return replace(fleet, rollout=replace(rollout, placed_at=at, deadline_at=deadline_at))
+    if step.hold == "manual":
+        why = f"step {rollout.step + 1} of {len(rollout.plan.steps)} waits to be promoted"
+        return to(fleet, State.PAUSED, at=at, reason=why, pause=Pause.STEP)
+    if rollout.plan.analysis is None and at >= rollout.placed_at + step.hold:
+        return requests.next_step(fleet, at=at)
+    return fleet
+
+
+def place(fleet: Fleet, rollout: Rollout) -> Fleet:
+    """The next wave of a dedicated canary, or of those that shall be on stable meanwhile."""
+    # first: what a superseded rollout left somewhere else is neither the canary nor proven
+    if astray := _astray(fleet, rollout):
+        return send(fleet, rollout, fleet.stable, ready=astray, free=idle(fleet))
+    missing = _canaries(fleet, rollout) - len(_on_it(fleet, rollout))
+    if missing <= 0 or rollout.pause is Pause.FAILURE:  # then nobody else is sent to the target
+        return fleet
+    ready = having(fleet, rollout.target)
+    return send(fleet, rollout, rollout.target, ready=ready, free=broken(fleet), most=missing)
+
+
+def judge(fleet: Fleet, event: Judged) -> Fleet:
+    """A pass counts when the step has been held for long enough, a failure at any time."""
+    rollout = fleet.running
+    judged = rollout is not None and rollout.state in (State.PROGRESSING, State.PAUSED)
+    if rollout is None or not judged or rollout.current is None or rollout.trial != event.trial:
+        return fleet  # of a step that was left meanwhile
+    verdict = event.verdict
+    if rollout.pause is Pause.FAILURE:
+        return fleet  # it waits for somebody, whatever is measured
+    if verdict.outcome is Outcome.FAIL:
+        why = f"step {rollout.step + 1} failed its analysis: {verdict.why}"
+        return fail(_with_verdict(fleet, rollout, verdict), rollout, why, at=event.at)
+    if verdict.outcome is Outcome.INCONCLUSIVE:
+        known = rollout.unclear is not None  # once is enough
+        return fleet if known else _with_verdict(fleet, rollout, verdict)
+    held = rollout.hold_until is not None and event.at >= rollout.hold_until
+    if held and rollout.state is State.PROGRESSING and _placed(fleet, rollout):
+        return requests.next_step(_with_verdict(fleet, rollout, verdict), at=event.at)
+    return fleet
+
+
+def _with_verdict(fleet: Fleet, rollout: Rollout, verdict: Verdict) -> Fleet:
+    # one that says more about the same step takes the place of what was inconclusive
+    earlier = rollout.verdicts if rollout.unclear is None else rollout.verdicts[:-1]
+    return replace(fleet, rollout=replace(rollout, verdicts=(*earlier, verdict)[-_VERDICTS:]))
+
+
+def _placed(fleet: Fleet, rollout: Rollout) -> bool:
+    """Whether everyone does its part in the step."""
+    if _astray(fleet, rollout):
+        return False
+    if _placement(rollout) == "dedicated":
+        wanted = _canaries(fleet, rollout)
+        return 0 < wanted <= sum(in_service(fleet, r) for r in _on_it(fleet, rollout))
+    now, failed = traffic(fleet), broken(fleet)  # a stable that is broken holds up nobody
+    return bool(fleet.observed) and all(
+        seen.traffic == now
+        and rollout.target in (seen.holds, *seen.beside)
+        and (r in failed or in_service(fleet, r))
+        for r, seen in fleet.observed.items()
+    )
+
+
+def _astray(fleet: Fleet, rollout: Rollout) -> set[str]:
+    """Neither on stable nor needed on the target: superseded, or left after others went."""
+    serving_first = sorted(_on_it(fleet, rollout), key=lambda r: (not in_service(fleet, r), r))
+    needed = serving_first[: _canaries(fleet, rollout)]
+    return {r for r, what in fleet.assigned.items() if what != fleet.stable} - {*needed}
+
+
+def _on_it(fleet: Fleet, rollout: Rollout) -> set[str]:
+    return {r for r, revision in fleet.assigned.items() if revision == rollout.target}
+
+
+def _canaries(fleet: Fleet, rollout: Rollout) -> int:
+    """How many hold the target alone in this step."""
+    if _placement(rollout) == "shared":
+        return 0
+    return canaries(len(fleet.observed), weight=_asked(rollout))
+
+
+def _weight(fleet: Fleet, rollout: Rollout) -> float:
+    if rollout.state is State.ABORTING:
+        return 0.0
+    if _placement(rollout) == "shared":
+        return _asked(rollout)
+    # who was not heard since a restart does what it did before, as far as anybody knows
+    live = {r for r, seen in fleet.observed.items() if in_service(fleet, r) or not seen.heard}
+    there = len(live & _on_it(fleet, rollout))
+    if 0 < _canaries(fleet, rollout) <= there:
+        return _asked(rollout)
+    # until those that shall carry it are there, no more than those that are can carry
+    return min(_asked(rollout), round(100 * there / len(live), 3)) if live else 0.0
+
+
+def _asked(rollout: Rollout) -> float:
+    return 100.0 if rollout.current is None else rollout.current.weight
+
+
+def _placement(rollout: Rollout) -> Placement:
+    return rollout.plan.placement or "shared"

@@ -1,0 +1,53 @@
+"""What a controller that starts again knows: from its journal, or from the replicas alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from .plan import Plan
+from .state import Desired, Fleet, Observed, Rollout, State
+
+
+def restored(fleet: Fleet, *, at: float) -> Fleet:
+    """From the journal: a new epoch, the intent as written, nothing observed yet.
+
+    Every replica that was assigned something is expected back and counts as out of service until it
+    reports; so no wave starts and no rollout ends on a fleet that nobody has looked at.
+    """
+    expected = {replica: Observed(seen_at=at) for replica in fleet.assigned}
+    return replace(fleet, epoch=fleet.epoch + 1, observed=expected)
+
+
+def rebuilt(documents: Mapping[str, Desired], *, at: float) -> Fleet:
+    """From what the replicas act on, when the journal is lost: the newest one knows the most.
+
+    A rollout that was under way is taken back: its plan is gone, but what was stable is known.
+    """
+    newest = max(documents.values(), key=lambda doc: (doc.epoch, doc.generation))
+    fleet = Fleet(
+        stable=newest.stable,
+        epoch=newest.epoch + 1,
+        generation=newest.generation + 1,
+        loaded=newest.loaded,
+        assigned={replica: doc.hold for replica, doc in documents.items()},
+        history=(newest.stable,),
+        rollouts=newest.rollouts,
+        observed={replica: Observed(seen_at=at) for replica in documents},
+    )
+    others = sorted({doc.hold for doc in documents.values()} - {newest.stable})
+    canary = newest.stage or (newest.traffic.canary if newest.traffic else None)
+    under_way = canary or (others[0] if others else None)
+    if under_way is None:
+        return fleet
+    rollout = Rollout(
+        id=f"rollout-{newest.rollouts}",
+        plan=Plan(adapter=under_way, in_flight=newest.in_flight),
+        target=under_way,
+        previous=newest.stable,
+        state=State.ABORTING,
+        reason="the journal was lost while it was under way",
+        since=newest.generation,
+        created_at=at,
+    )
+    return replace(fleet, rollout=rollout)

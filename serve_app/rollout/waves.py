@@ -1,0 +1,72 @@
+"""Who serves what, and the next wave of replicas on its way to another revision.
+
+Between the machine and `assignment`, which knows names and sets only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+
+from .assignment import next_wave
+from .state import Fleet, Rollout
+
+
+def send(
+    fleet: Fleet,
+    rollout: Rollout,
+    revision: str,
+    *,
+    ready: AbstractSet[str],
+    free: AbstractSet[str],
+    most: int | None = None,
+) -> Fleet:
+    """The next wave on its way to `revision`, all of them for `all_at_once`."""
+    everywhere = rollout.plan.strategy == "all_at_once"
+    wave = next_wave(
+        target=revision,
+        assigned=fleet.assigned,
+        in_service={r for r in fleet.observed if in_service(fleet, r)},
+        broken=free,
+        ready=ready,
+        max_unavailable=len(fleet.observed) if everywhere else rollout.plan.max_unavailable,
+        keep_one=not everywhere,
+    )[:most]
+    sent = {r: replace(fleet.observed[r], outdated=True) for r in wave}
+    return replace(
+        fleet,
+        assigned={**fleet.assigned, **dict.fromkeys(wave, revision)},
+        observed={**fleet.observed, **sent},
+    )
+
+
+def all_to_stable(fleet: Fleet) -> Fleet:
+    return replace(fleet, assigned=dict.fromkeys(fleet.assigned, fleet.stable))
+
+
+def all_serve(fleet: Fleet, revision: str) -> bool:
+    # assigned too: who was just sent elsewhere is on its way, whatever it said before it heard
+    return all(fleet.assigned[r] == revision and in_service(fleet, r) for r in fleet.observed)
+
+
+def in_service(fleet: Fleet, replica: str) -> bool:
+    return fleet.observed[replica].serves(fleet.assigned[replica])
+
+
+def idle(fleet: Fleet) -> set[str]:
+    """Those known not to serve; calling them back takes nobody out of service."""
+    return {r for r, seen in fleet.observed.items() if seen.heard and not in_service(fleet, r)}
+
+
+def broken(fleet: Fleet) -> set[str]:
+    """Those that could not get to where they were sent."""
+    return {
+        r
+        for r, seen in fleet.observed.items()
+        if seen.failure is not None and seen.failure.revision == fleet.assigned[r]
+    }
+
+
+def having(fleet: Fleet, revision: str) -> set[str]:
+    """Those that have it, in their weights or beside them."""
+    return {r for r, seen in fleet.observed.items() if seen.has(revision)}

@@ -1,0 +1,225 @@
+"""Fleets and events in one line each, for the examples of every rule."""
+
+from __future__ import annotations
+
+from serve_app.rollout.analysis import Analysis, Check, Measurement, Outcome, Verdict
+from serve_app.rollout.events import (
+    AbortRequested,
+    Asked,
+    Event,
+    Judged,
+    LoadRequested,
+    PauseRequested,
+    PromoteRequested,
+    Reported,
+    ResumeRequested,
+    RetryRequested,
+    Ticked,
+    UnloadRequested,
+)
+from serve_app.rollout.machine import advance, pending
+from serve_app.rollout.plan import InFlight, OnFailure, Placement, Plan, Step, Strategy
+from serve_app.rollout.state import Desired, Failure, Fleet, Pause, Rollout, State, Traffic
+
+OLD, NEW, OTHER = "old@1", "new@2", "other@3"
+TENANT = "tenant@4"
+WATCHED = Analysis(checks=(Check(metric="error_rate", max=0.01),))
+
+
+# ---- events -------------------------------------------------------------------------------------
+
+
+def ask(
+    target: str = NEW,
+    *,
+    strategy: Strategy = "rolling",
+    max_unavailable: int = 1,
+    in_flight: InFlight | None = None,
+    deadline_s: float = 600,
+    on_failure: OnFailure = "rollback",
+    history_limit: int = 20,
+    at: float = 10.0,
+    expected: int | None = None,
+    key: str | None = None,
+) -> Asked:
+    plan = Plan(
+        adapter=target,
+        strategy=strategy,
+        max_unavailable=max_unavailable,
+        in_flight=in_flight,
+        progress_deadline=deadline_s,
+        on_failure=on_failure,
+        history_limit=history_limit,
+    )
+    return Asked(plan=plan, target=target, at=at, expected_generation=expected, key=key)
+
+
+def canary(
+    *steps: Step,
+    target: str = NEW,
+    placement: Placement | None = None,
+    analysis: Analysis | None = None,
+    max_unavailable: int = 1,
+    deadline_s: float = 600,
+    on_failure: OnFailure = "rollback",
+    history_limit: int = 20,
+    at: float = 10.0,
+) -> Asked:
+    plan = Plan(
+        adapter=target,
+        strategy="canary",
+        steps=steps,
+        placement=placement,
+        analysis=analysis,
+        max_unavailable=max_unavailable,
+        progress_deadline=deadline_s,
+        on_failure=on_failure,
+        history_limit=history_limit,
+    )
+    return Asked(plan=plan, target=target, at=at)
+
+
+def step(weight: float, hold: float = 0.0) -> Step:
+    return Step(weight=weight, hold=hold)
+
+
+def manual(weight: float) -> Step:
+    return Step(weight=weight, hold="manual")
+
+
+def said(
+    replica: str,
+    holds: str | None = OLD,
+    *,
+    staged: str | None = None,
+    serving: bool = True,
+    failure: Failure | None = None,
+    beside: tuple[str, ...] = (),
+    traffic: Traffic | None = None,
+    at: float = 11.0,
+) -> Reported:
+    return Reported(
+        replica=replica,
+        holds=holds,
+        staged=staged,
+        serving=serving,
+        failure=failure,
+        beside=beside,
+        traffic=traffic,
+        at=at,
+    )
+
+
+def load(
+    revision: str = TENANT, *, instead_of: str | None = None, expected: int | None = None
+) -> LoadRequested:
+    return LoadRequested(
+        revision=revision, instead_of=instead_of, expected_generation=expected, at=12.0
+    )
+
+
+def unload(revision: str = TENANT, *, expected: int | None = None) -> UnloadRequested:
+    return UnloadRequested(revision=revision, expected_generation=expected, at=12.0)
+
+
+def abort(at: float = 12.0) -> AbortRequested:
+    return AbortRequested(reason="no good", at=at)
+
+
+def pause(at: float = 12.0) -> PauseRequested:
+    return PauseRequested(at=at)
+
+
+def resume(at: float = 12.0) -> ResumeRequested:
+    return ResumeRequested(at=at)
+
+
+def promote(*, full: bool = False, at: float = 12.0) -> PromoteRequested:
+    return PromoteRequested(full=full, at=at)
+
+
+def retry(at: float = 12.0) -> RetryRequested:
+    return RetryRequested(at=at)
+
+
+def judged(
+    fleet: Fleet, outcome: Outcome, *, at: float = 12.0, trial: str | None = None, why: str = "so"
+) -> Judged:
+    """A verdict on the step that the fleet is in, unless `trial` names another one."""
+    rollout = of(fleet)
+    verdict = Verdict(
+        step=rollout.step,
+        weight=5.0,
+        outcome=outcome,
+        at=at,
+        measurements=(Measurement(name="error_rate", outcome=outcome, why=why),),
+    )
+    return Judged(trial=trial or rollout.trial, verdict=verdict, at=at)
+
+
+def broken(revision: str, generation: int) -> Failure:
+    return Failure(revision=revision, reason="no luck", generation=generation)
+
+
+# ---- fleets -------------------------------------------------------------------------------------
+
+
+def after(fleet: Fleet, *events: Event) -> Fleet:
+    for event in events:
+        fleet = advance(fleet, event)
+    return fleet
+
+
+def fleet_of(count: int) -> Fleet:
+    """`count` replicas r1, r2, ... that all serve OLD."""
+    return after(Fleet(stable=OLD, history=(OLD,)), *(said(f"r{i + 1}") for i in range(count)))
+
+
+def staged_everywhere(fleet: Fleet, target: str = NEW) -> Fleet:
+    for replica, seen in fleet.observed.items():
+        fleet = advance(fleet, said(replica, seen.holds, staged=target, serving=seen.serving))
+    return fleet
+
+
+def obeyed(fleet: Fleet, *only: str, at: float = 11.0) -> Fleet:
+    """Every replica, or `only` those, has done what it is told now, and says so."""
+    told = pending(fleet)
+    return after(fleet, *(done(r, told[r], at=at) for r in told if not only or r in only))
+
+
+def done(replica: str, want: Desired, *, at: float = 11.0) -> Reported:
+    """What a replica says that is as `want` has it."""
+    beside, traffic = want.beside, want.traffic
+    return said(replica, want.hold, staged=want.stage, beside=beside, traffic=traffic, at=at)
+
+
+def settled(fleet: Fleet, *, at: float = 11.0) -> Fleet:
+    """Every replica does at once what it was told, until nobody is told anything."""
+    for _ in range(6 * len(fleet.observed) + 12):
+        fleet = obeyed(fleet, at=at)
+    assert pending(fleet) == {}
+    return fleet
+
+
+def rolled(fleet: Fleet, target: str = NEW) -> Fleet:
+    """The same, and then all of them hold `target`."""
+    fleet = settled(fleet)
+    assert all(seen.holds == target for seen in fleet.observed.values())
+    return fleet
+
+
+def later(fleet: Fleet, at: float) -> Fleet:
+    return advance(fleet, Ticked(at=at))
+
+
+def of(fleet: Fleet) -> Rollout:
+    assert fleet.rollout is not None
+    return fleet.rollout
+
+
+def state_of(fleet: Fleet) -> State:
+    return of(fleet).state
+
+
+def waits_for(fleet: Fleet) -> Pause | None:
+    return of(fleet).pause
