@@ -19,9 +19,10 @@ from hotswap_lib import Revision
 
 from .detokenizer import Detokenizer, TokenNames
 from .engine import Step
+from .ledger import PROBE
 from .openai import ChatRequest, CompletionRequest, RequestRefused, TokenIds
 from .responses import NamedToken, Piece, Responses, TokenScore
-from .sampling import Sampling, TokenLogprobs
+from .sampling import Sampling, TextScore, TokenLogprobs
 from .settings import Settings
 from .stops import Stops
 
@@ -48,7 +49,12 @@ class Ticket(Protocol):
 
 
 class Engine(Protocol):
-    def admit(self, pin: str | None) -> AbstractAsyncContextManager[Ticket]: ...
+    @property
+    def scores_texts(self) -> bool: ...
+
+    def admit(
+        self, pin: str | None, session: str | None
+    ) -> AbstractAsyncContextManager[Ticket]: ...
 
     def ended_by_itself(self, token_ids: list[int]) -> bool: ...
 
@@ -74,10 +80,12 @@ class Answers:
         # settles its truncation and padding: from now on threads only read it
         tokenizer("a")
 
-    async def whole(self, request: Request, pin: str | None = None) -> dict[str, Any]:
+    async def whole(
+        self, request: Request, pin: str | None = None, session: str | None = None
+    ) -> dict[str, Any]:
         """The answer in one document. Raises `RequestRefused`."""
         prompts = await self._prompts(request)
-        async with self._engine.admit(pin) as ticket:
+        async with self._engine.admit(pin, session) as ticket:
             # text by text only where a stop string may end it early
             jobs = self._jobs(ticket, request, prompts, stream=bool(request.stop))
             choices: list[list[Piece]] = [[] for _ in jobs]
@@ -88,11 +96,11 @@ class Answers:
             return responses.whole([_joined(pieces) for pieces in choices])
 
     async def stream(
-        self, request: Request, pin: str | None = None
+        self, request: Request, pin: str | None = None, session: str | None = None
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in chunks, the first one when there is a first token. Raises as `whole`."""
         prompts = await self._prompts(request)
-        async with self._engine.admit(pin) as ticket:
+        async with self._engine.admit(pin, session) as ticket:
             responses = self._responses(request, prompts, ticket)
             jobs = self._jobs(ticket, request, prompts, stream=True)
             begun: set[int] = set()
@@ -107,6 +115,33 @@ class Answers:
                         yield responses.piece(piece)
             if request.include_usage:
                 yield responses.last(tokens)
+
+    async def score(self, texts: list[str], pin: str | None = None) -> list[TextScore]:
+        """How likely the model finds each text: of its first token nothing is said.
+
+        For probes, and so not counted among the requests of users. Raises `RequestRefused` for a
+        text with fewer than two tokens, or more than fit, and where the model continues no texts.
+        """
+        if not self._engine.scores_texts:
+            message = f"{self._settings.model_name} cannot say how likely a text is"
+            raise RequestRefused(400, "task_not_served", message)
+        prompts = await self._in_time(
+            [len(text) for text in texts],
+            lambda: [self._tokenizer(text)["input_ids"] for text in texts],
+        )
+        limit = self._settings.max_model_len
+        for ids in prompts:
+            if not 2 <= len(ids) <= limit:
+                message = f"a text to score has 2 to {limit} tokens, and one has {len(ids)}"
+                raise RequestRefused(400, "invalid_parameter", message, "texts")
+        async with self._engine.admit(pin, PROBE) as ticket:
+            jobs = [asyncio.create_task(_score(ticket, ids)) for ids in prompts]
+            try:
+                return await asyncio.gather(*jobs)
+            finally:  # all of them are out of the engine before the ticket is
+                for job in jobs:
+                    job.cancel()
+                await asyncio.gather(*jobs, return_exceptions=True)
 
     def _responses(self, request: Request, prompts: list[TokenIds], ticket: Ticket) -> Responses:
         return Responses(
@@ -230,6 +265,16 @@ class Answers:
         """How many tokens may follow the prompt: as many as wanted, else what there is room for."""
         room = self._settings.max_model_len - len(prompt)
         return request.wanted_tokens or max(min(self._settings.max_tokens_default, room), 1)
+
+
+async def _score(ticket: Ticket, ids: list[int]) -> TextScore:
+    first, *rest = ids
+    sampling = Sampling(temperature=0.0, logprobs=0, forced=(1, tuple(rest)))
+    steps = ticket.generate([first], max_tokens=len(rest), sampling=sampling, stream=False)
+    async with aclosing(steps):
+        async for step in steps:  # the finished one
+            logprobs = [each.chosen for each in step.logprobs]
+    return TextScore(logprob=sum(logprobs), tokens=len(logprobs))
 
 
 class _Choice:

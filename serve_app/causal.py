@@ -33,6 +33,8 @@ _GREEDY = Sampling(temperature=0.0)
 class CausalEngine(Engine):
     """`settings.lanes` generation lanes over one model."""
 
+    scores_texts = True
+
     def __init__(self, slot: Slot, settings: Settings, *, eos_token_ids: list[int]) -> None:
         super().__init__(slot, settings)
         self._eos = frozenset(eos_token_ids)
@@ -97,7 +99,7 @@ class CausalEngine(Engine):
         if len(prompt_ids) + max_tokens > manager.capacity:  # alone, it would stop the thread
             raise GenerationFailed(f"it needs more than the {manager.capacity} tokens of KV cache")
         request_id = uuid.uuid4().hex
-        finished = False
+        finished, tokens = False, 0
         steps = manager.run(
             request_id, prompt_ids, max_tokens=max_tokens, sampling=sampling, stream=stream
         )
@@ -105,6 +107,8 @@ class CausalEngine(Engine):
             async with aclosing(steps):
                 async for step in steps:
                     finished = step.finished
+                    ticket.heard(step, new=len(step.token_ids) - tokens)
+                    tokens = len(step.token_ids)
                     yield step
         finally:
             if not finished and manager.alive:

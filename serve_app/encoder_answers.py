@@ -40,11 +40,14 @@ class EncoderAnswers:
         tokenizer("a")
 
     async def embeddings(
-        self, request: EmbeddingRequest | dict[str, Any], pin: str | None = None
+        self,
+        request: EmbeddingRequest | dict[str, Any],
+        pin: str | None = None,
+        session: str | None = None,
     ) -> dict[str, Any]:
         """OpenAI's request in, its document out. Raises `RequestRefused`, and as `admit`."""
         asked = EmbeddingRequest.model_validate(request)
-        revision, tokens, vectors = await self._rows(asked.input, pin)
+        revision, tokens, vectors = await self._rows(asked.input, pin, session)
         return embedding_document(
             asked,
             vectors,
@@ -55,11 +58,14 @@ class EncoderAnswers:
         )
 
     async def classify(
-        self, request: ClassifyRequest | dict[str, Any], pin: str | None = None
+        self,
+        request: ClassifyRequest | dict[str, Any],
+        pin: str | None = None,
+        session: str | None = None,
     ) -> dict[str, Any]:
         """vLLM's request in, its document out. Raises `RequestRefused`, and as `admit`."""
         asked = ClassifyRequest.model_validate(request)
-        revision, tokens, probs = await self._rows(asked.input, pin)
+        revision, tokens, probs = await self._rows(asked.input, pin, session)
         return classification_document(
             asked,
             probs,
@@ -71,11 +77,11 @@ class EncoderAnswers:
         )
 
     async def _rows(
-        self, inputs: Sequence[str | list[int]], pin: str | None
+        self, inputs: Sequence[str | list[int]], pin: str | None, session: str | None
     ) -> tuple[str, int, list[list[float]]]:
         """The revision that answered, how many tokens all inputs had, and a row for each."""
         texts = await self._ids(inputs)
-        async with self._engine.admit(pin) as ticket:
+        async with self._engine.admit(pin, session) as ticket:
             try:
                 async with asyncio.TaskGroup() as group:
                     rows = [group.create_task(self._engine.run(ticket, ids)) for ids in texts]

@@ -20,9 +20,13 @@ from typing import TypeVar
 from hotswap_lib import CompileGuard, Receipt, Revision, Slot, Staged
 
 from .admission import Admission
+from .ledger import PROBE, Ledger
+from .messages import is_named, key
 from .rollout.plan import InFlight
+from .rollout.state import Traffic
 from .sampling import Sampling, TokenLogprobs
 from .settings import Settings
+from .split import Split
 from .turns import Turns
 from .views import LaneView
 
@@ -81,12 +85,14 @@ class DeadlineExceeded(Exception):
 class Step:
     """What a generation has so far: all its tokens, the end token included.
 
-    `logprobs`: one for each token, when the request wants them; else empty.
+    `logprobs`: one for each token, when the request wants them; else empty. `first_at`: when there
+    was a first token, on `time.perf_counter`'s clock.
     """
 
     token_ids: list[int]
     finished: bool
     logprobs: Sequence[TokenLogprobs] = ()
+    first_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +108,7 @@ class Engine(ABC):
     """One slot, one gate. For one event loop."""
 
     compiled_regions = 0
+    scores_texts = False  # whether `Sampling.forced` is done
 
     def __init__(self, slot: Slot, settings: Settings) -> None:
         self.slot = slot
@@ -110,6 +117,9 @@ class Engine(ABC):
         self.guard = CompileGuard()
         self.turns = Turns(slot)
         self.default = slot.revision
+        self.traffic: Traffic | None = None
+        self.ledger = Ledger()
+        self._split = Split()
         self._beside: set[Revision] = set()
         self._running: Counter[Revision] = Counter()
         self._proving: Counter[Revision] = Counter()
@@ -169,11 +179,15 @@ class Engine(ABC):
         return self.default, *sorted(self._beside - {self.default}, key=str)
 
     @asynccontextmanager
-    async def admit(self, pin: str | None = None) -> AsyncIterator[Ticket]:
+    async def admit(
+        self, pin: str | None = None, session: str | None = None
+    ) -> AsyncIterator[Ticket]:
         """Wait at the gate, then run on one revision to the end, whatever changes meanwhile.
 
         Args:
             pin: the revision that the request names (`name`, `name@digest8` or in full).
+            session: what the request belongs to; all of a session get the same revision, as long
+                as a canary's share does not grow. Those of `PROBE` do not count in the ledger.
 
         Raises:
             RevisionNotServed: nobody has brought that one here.
@@ -181,12 +195,13 @@ class Engine(ABC):
             DeadlineExceeded: it was not finished after `request_timeout_s`.
         """
         deadline = asyncio.timeout(self.settings.request_timeout_s)
+        arrived, ticket = time.perf_counter(), None
+        trial = None if session == PROBE else self.ledger.trial
         try:
             async with deadline:
                 await self.admission.enter()
-                ticket = None
                 try:
-                    revision = self._named(pin)
+                    revision = self._chosen(session) if pin is None else self._named(pin)
                     self._running[revision] += 1
                     ticket = Ticket(self, revision)
                     ticket.seat = await self._take_seat(revision)
@@ -194,16 +209,59 @@ class Engine(ABC):
                 finally:
                     self._release(ticket)
         except TimeoutError:
-            if deadline.expired():
-                raise DeadlineExceeded(self.settings.request_timeout_s) from None
+            if not deadline.expired():
+                raise
+            self._write(ticket, trial, arrived, chosen=pin is None, failed=True)
+            raise DeadlineExceeded(self.settings.request_timeout_s) from None
+        except (GenerationFailed, EngineStopped):
+            self._write(ticket, trial, arrived, chosen=pin is None, failed=True)
             raise
+        else:
+            self._write(ticket, trial, arrived, chosen=pin is None, failed=False)
+
+    def _write(
+        self,
+        ticket: Ticket | None,
+        trial: str | None,
+        arrived: float,
+        *,
+        chosen: bool,
+        failed: bool,
+    ) -> None:
+        """Into the ledger. Who was refused, or went away, says nothing about a revision."""
+        if ticket is None:
+            return
+        self.ledger.write(
+            key(ticket.revision),
+            trial=trial,
+            chosen=chosen,
+            failed=failed,
+            latency_s=time.perf_counter() - arrived,
+            first_token_s=None if ticket.first_at is None else ticket.first_at - arrived,
+            tokens=ticket.tokens,
+        )
+
+    def _chosen(self, session: str | None) -> Revision:
+        """For a request that names none: the default, or the canary where it has a share of it."""
+        now = self.traffic
+        if now is None or now.placement == "dedicated":
+            return self.default
+        for revision in self._beside:
+            if key(revision) == now.canary:
+                return revision if self._split.to_canary(now, session) else self.default
+        return self.default
+
+    def go_by(self, traffic: Traffic | None) -> None:
+        """From the next request on. What is measured begins anew with every trial."""
+        self.traffic = traffic
+        self.ledger.open(None if traffic is None else traffic.trial)
 
     def _named(self, pin: str | None) -> Revision:
         if pin is None:
             return self.default
         # beside first: a name alone means what was loaded under it, also when a default has it too
         for revision in (*sorted(self._beside, key=str), self.default):
-            if pin in (revision.name, str(revision), f"{revision.name}@{revision.digest}"):
+            if is_named(revision, pin):
                 return revision
         raise RevisionNotServed(pin, tuple(map(str, self.serves)))
 
@@ -295,8 +353,16 @@ class Ticket:
     def __init__(self, engine: Engine, revision: Revision) -> None:
         self.revision = revision
         self.seat: int | None = None
+        self.tokens = 0  # of all its generations
+        self.first_at: float | None = None  # the first token of any, on perf_counter's clock
         self.leaving: set[asyncio.Task[None]] = set()  # what it cancelled and the engine still has
         self._engine = engine
+
+    def heard(self, step: Step, *, new: int) -> None:
+        """A generation has `new` tokens more."""
+        self.tokens += new
+        if step.first_at is not None:
+            self.first_at = min(step.first_at, self.first_at or step.first_at)
 
     def generate(
         self, prompt_ids: list[int], *, max_tokens: int, sampling: Sampling, stream: bool

@@ -44,6 +44,14 @@ class _StepFailed(Exception):
     """The forward pass of a batch raised; `__cause__` is what."""
 
 
+class _Notes:
+    """What a request needs to know of its steps and transformers forgets when it starts over."""
+
+    def __init__(self) -> None:
+        self.first_at: float | None = None
+        self.logprobs: list[TokenLogprobs] = []  # empty when the request wants none
+
+
 class LaneScheduler(FIFOScheduler):  # type: ignore[misc]
     """First in, first out; but while `only` is set, that request alone."""
 
@@ -101,7 +109,7 @@ class LaneManager(ContinuousBatchingManager):  # type: ignore[misc]
         self._turns = turns
         self._sampler = Sampler(max_logprobs=settings.max_logprobs)
         self.logit_processor = self._sampler
-        self._logprobs: dict[str, list[TokenLogprobs]] = {}
+        self._notes: dict[str, _Notes] = {}
         self._failures = 0
 
     @property
@@ -121,8 +129,7 @@ class LaneManager(ContinuousBatchingManager):  # type: ignore[misc]
         if not self.alive:
             raise EngineStopped
         outputs: asyncio.Queue[GenerationOutput] = asyncio.Queue()
-        if sampling.logprobs is not None:
-            self._logprobs[request_id] = []
+        notes = self._notes[request_id] = _Notes()
         self.register_result_handler(request_id, outputs.put_nowait)
         try:
             self.add_request(
@@ -141,10 +148,14 @@ class LaneManager(ContinuousBatchingManager):  # type: ignore[misc]
                 if output.error is not None:
                     raise GenerationFailed(output.error) if self.alive else EngineStopped
                 tokens = output.generated_tokens
-                logprobs = self._logprobs.get(request_id, [])[: len(tokens)]
-                yield Step(token_ids=tokens, finished=finished, logprobs=logprobs)
+                yield Step(
+                    token_ids=tokens,
+                    finished=finished,
+                    logprobs=notes.logprobs[: len(tokens)],
+                    first_at=notes.first_at,
+                )
         finally:
-            self._logprobs.pop(request_id, None)
+            self._notes.pop(request_id, None)
 
     async def cancel(self, request_id: str) -> None:
         """Take a request out; returns when no step can contain it any more."""
@@ -199,9 +210,19 @@ class LaneManager(ContinuousBatchingManager):  # type: ignore[misc]
             except Exception as error:
                 raise _StepFailed(str(error)) from error
         self._failures = 0
+        self._note(time.perf_counter())
+
+    def _note(self, now: float) -> None:
+        """What the step that just ended says about its requests, before anybody hears of it."""
+        processor = self.batch_processor
+        assert processor is not None
+        for future in self._batch(processor):
+            # whoever waited for it may be gone at any moment: one look, and then what was found
+            if future.has_new_token and (notes := self._notes.get(future.state.request_id)):
+                notes.first_at = notes.first_at or now
         for request_id, logprobs in self._sampler.take().items():
-            if request_id in self._logprobs:
-                self._logprobs[request_id].append(logprobs)
+            if notes := self._notes.get(request_id):
+                notes.logprobs.append(logprobs)
 
     def _generation_loop_body(
         self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool

@@ -13,6 +13,8 @@ import ray
 
 from hotswap_lib import HotswapError, Revision
 
+from .ledger import Tally
+from .naming import is_called
 from .rollout.state import Desired, Failure
 from .views import LaneView, StartView, SwapView
 
@@ -23,7 +25,8 @@ class Report:
 
     `holds`: for requests that name no revision; `beside`: for those that name one, and `refused`
     what it could not bring there. `serving`: it holds what it shall, and lets requests in.
-    `admits`: it lets requests in, maybe still on what it held before.
+    `admits`: it lets requests in, maybe still on what it held before. `tallies`: what became of the
+    requests of `trial`, by revision.
     """
 
     replica: str
@@ -44,6 +47,8 @@ class Report:
     admits: bool = False
     lanes: tuple[LaneView, ...] = ()
     start: StartView | None = None
+    trial: str | None = None
+    tallies: dict[str, Tally] = field(default_factory=dict)
 
     @property
     def serves(self) -> tuple[Revision, ...]:
@@ -73,3 +78,8 @@ def key(revision: Revision) -> str:
 def from_key(text: str) -> Revision:
     name, _, digest = text.rpartition("@")
     return Revision(name, digest)
+
+
+def is_named(revision: Revision, pin: str) -> bool:
+    """Whether `pin` is `name`, `name@digest8` or the full text of this revision."""
+    return is_called(key(revision), pin)

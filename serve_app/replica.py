@@ -36,6 +36,7 @@ from .openai import (
     RequestRefused,
     find_pin,
 )
+from .sampling import TextScore
 from .seq2seq import Seq2SeqEngine
 from .settings import Settings
 from .tasks import Task
@@ -79,7 +80,9 @@ class Model:
     """Handle methods: `chat`, `complete`, `embeddings`, `classify` (a document each), and `stream`.
 
     Each takes OpenAI's request, as the pydantic model or as a dict, and optionally the revision to
-    run on, which otherwise is what the request's `model` names after the colon, or the default.
+    run on, which otherwise is what the request's `model` names after the colon, or the default, or
+    a canary that has a share of the requests; those with the same `session`, or else `user`, are on
+    the same side of that.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -114,41 +117,74 @@ class Model:
         logger.info(f"ready on {self._engine.default}: {start}")
 
     async def chat(
-        self, request: ChatRequest | dict[str, Any], pin: str | None = None
+        self,
+        request: ChatRequest | dict[str, Any],
+        pin: str | None = None,
+        session: str | None = None,
     ) -> dict[str, Any]:
         """Answer a chat: OpenAI's request in, OpenAI's `chat.completion` document out."""
         checked = ChatRequest.model_validate(request)
-        return await self._generating.whole(checked, self._pin(checked.model, pin))
+        return await self._generating.whole(
+            checked, self._pin(checked.model, pin), session or checked.user
+        )
 
     async def complete(
-        self, request: CompletionRequest | dict[str, Any], pin: str | None = None
+        self,
+        request: CompletionRequest | dict[str, Any],
+        pin: str | None = None,
+        session: str | None = None,
     ) -> dict[str, Any]:
         """Continue a text: OpenAI's request in, OpenAI's `text_completion` document out."""
         checked = CompletionRequest.model_validate(request)
-        return await self._generating.whole(checked, self._pin(checked.model, pin))
+        return await self._generating.whole(
+            checked, self._pin(checked.model, pin), session or checked.user
+        )
 
     async def stream(
-        self, request: ChatRequest | CompletionRequest, pin: str | None = None
+        self,
+        request: ChatRequest | CompletionRequest,
+        pin: str | None = None,
+        session: str | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
         """The same answer in chunks. Use `handle.options(stream=True).stream.remote(request)`."""
-        chunks = self._generating.stream(request, self._pin(request.model, pin))
+        chunks = self._generating.stream(
+            request, self._pin(request.model, pin), session or request.user
+        )
         async with aclosing(chunks):  # at once, when the client goes away
             async for chunk in chunks:
                 yield chunk
 
+    async def score(self, texts: list[str], pin: str | None = None) -> list[TextScore]:
+        """How likely the model finds each text, after its first token."""
+        return await self._generating.score(texts, self._pin(None, pin))
+
     async def embeddings(
-        self, request: EmbeddingRequest | dict[str, Any], pin: str | None = None
+        self,
+        request: EmbeddingRequest | dict[str, Any],
+        pin: str | None = None,
+        session: str | None = None,
     ) -> dict[str, Any]:
         """OpenAI's embeddings request in, its list of embeddings out."""
         checked = EmbeddingRequest.model_validate(request)
-        return await self._encoding("embed").embeddings(checked, self._pin(checked.model, pin))
+        return await self._encoding("embed").embeddings(
+            checked, self._pin(checked.model, pin), session or checked.user
+        )
 
     async def classify(
-        self, request: ClassifyRequest | dict[str, Any], pin: str | None = None
+        self,
+        request: ClassifyRequest | dict[str, Any],
+        pin: str | None = None,
+        session: str | None = None,
     ) -> dict[str, Any]:
         """vLLM's classification request in, a list of probabilities for each text out."""
         checked = ClassifyRequest.model_validate(request)
-        return await self._encoding("classify").classify(checked, self._pin(checked.model, pin))
+        return await self._encoding("classify").classify(
+            checked, self._pin(checked.model, pin), session or checked.user
+        )
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """What Serve hands to every `serve_app.router.RevisionRouter`."""
+        return self._lane.routing_stats() if hasattr(self, "_lane") else {}
 
     async def check_health(self) -> None:
         if not self._engine.alive:

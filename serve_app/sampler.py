@@ -5,7 +5,8 @@ happens on the device, so a CUDA graph can hold it, and a seeded request draws t
 whatever runs beside it. Every row is computed by itself, for the same reason.
 
 Shapes: B rows (one for each new token), R rows that are drawn, V tokens in the vocabulary, K
-candidates, N alternatives. Arguments travel as `args_4B`: temperature, top_p, top_k, u.
+candidates, N alternatives. Arguments travel as `args_4B`: temperature, top_p, top_k, u; or, where a
+token is forced, a temperature of -1 and the token's id (exact in float32) as top_k.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .sampling import Sampling, TokenLogprobs
 
 _GREEDY = Sampling(temperature=0.0)
 _ARGUMENTS = 4
+_FORCED = -1.0
 _COLDEST = 1e-4  # below this a temperature is as good as 0, and 1 / temperature would overflow
 _FEW = 1024  # candidates that nearly always hold top_p; else the whole vocabulary is sorted
 _UNIFORM_BYTES = 3  # 24 bits, so that u is exact, and below 1, in float32
@@ -45,8 +47,11 @@ def uniform(sampling: Sampling, position: int) -> float:
 def choose(
     scores_BV: torch.Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]
 ) -> torch.Tensor:
-    """The token of each row, int64 [B], on the device of the scores, which stay as they are."""
-    args_4B = _arguments(samplings, uniforms).to(scores_BV.device)
+    """The token of each row, int64 [B], on the device of the scores, which stay as they are.
+
+    Of `forced` it knows nothing: where that is wanted, the rows know their positions (`Sampler`).
+    """
+    args_4B = _arguments(samplings, uniforms, [None] * len(samplings)).to(scores_BV.device)
     if scores_BV.device.type != "cpu":
         return _draw_on_device(scores_BV, args_4B)[0].squeeze(-1)
     row_R, token_R = _draw_on_host(scores_BV, args_4B)
@@ -98,7 +103,8 @@ class Sampler(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
         if self._report.shape != shape or self._report.device != arg_storage.device:
             self._report = torch.full(shape, -math.inf, device=arg_storage.device)
         arg_storage.zero_()  # the padding of a batch must not sample as an earlier batch did
-        arg_storage[:, : len(states)] = _arguments(samplings, uniforms).view(torch.int32)
+        forced = [each.forced_at(at) for each, at in zip(samplings, positions, strict=True)]
+        arg_storage[:, : len(states)] = _arguments(samplings, uniforms, forced).view(torch.int32)
         return arg_storage
 
     def __call__(
@@ -124,7 +130,7 @@ class Sampler(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
         }
 
     def _on_host(self, scores_BV: torch.Tensor, args_4B: torch.Tensor) -> torch.Tensor:
-        if not self._asked and not bool((args_4B[0] > 0).any()):
+        if not self._asked and not bool((args_4B[0] != 0).any()):
             return scores_BV
         row_R, token_R = _draw_on_host(scores_BV, args_4B)
         if self._asked:
@@ -146,15 +152,30 @@ class Sampler(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
         return scores_BV.scatter_(1, token_B1, marked_B1)
 
 
-def _arguments(samplings: Sequence[Sampling], uniforms: Sequence[float]) -> torch.Tensor:
+def _arguments(
+    samplings: Sequence[Sampling], uniforms: Sequence[float], forced: Sequence[int | None]
+) -> torch.Tensor:
     rows = [
         (sampling.temperature, sampling.top_p, sampling.top_k, min(u, 1 - 2**-24))
-        for sampling, u in zip(samplings, uniforms, strict=True)
+        if token is None
+        else (_FORCED, 1.0, token, 0.0)
+        for sampling, u, token in zip(samplings, uniforms, forced, strict=True)
     ]
     return torch.tensor(rows, dtype=torch.float32).reshape(-1, _ARGUMENTS).T.contiguous()
 
 
 def _draw_on_host(
+    scores_BV: torch.Tensor, args_4B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that are not greedy, int64 [R], and their tokens, int64 [R]."""
+    forced_F = (args_4B[0] == _FORCED).nonzero().squeeze(-1)
+    row_R, token_R = _sample_on_host(scores_BV, args_4B)
+    if not len(forced_F):
+        return row_R, token_R
+    return torch.cat([row_R, forced_F]), torch.cat([token_R, args_4B[2, forced_F].long()])
+
+
+def _sample_on_host(
     scores_BV: torch.Tensor, args_4B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows that sample, int64 [R], and their tokens, int64 [R]. The others cost nothing."""
@@ -212,7 +233,7 @@ def _draw_on_device(
     scaled_BV = (scores_BV.float() - best_B1) / temperature_B1.clamp(min=_COLDEST)
     ranked_BV, token_BV = scaled_BV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(scores_BV.size(-1), device=scores_BV.device)
-    left_out_BV = (top_k_B1 > 0) & (rank_V >= top_k_B1)
+    left_out_BV = (top_k_B1 > 0) & (rank_V >= top_k_B1) & (temperature_B1 > 0)
     probs_BV = ranked_BV.softmax(-1).masked_fill(left_out_BV, 0)
     reached_BV = probs_BV.cumsum(-1)
     short_BV = reached_BV < top_p_B1 * reached_BV[:, -1:]
@@ -220,8 +241,11 @@ def _draw_on_device(
     passed_BV = reached_BV <= u_B1 * reached_BV.gather(1, last_B1)
     place_B1 = passed_BV.sum(-1, keepdim=True).minimum(last_B1)
     drawn_B1 = (temperature_B1 > 0) & best_B1.isfinite()
-    greedy_B1 = scores_BV.argmax(-1, keepdim=True)
-    return torch.where(drawn_B1, token_BV.gather(1, place_B1), greedy_B1), drawn_B1
+    forced_B1 = temperature_B1 == _FORCED
+    token_B1 = torch.where(
+        drawn_B1, token_BV.gather(1, place_B1), scores_BV.argmax(-1, keepdim=True)
+    )
+    return torch.where(forced_B1, top_k_B1.long(), token_B1), drawn_B1 | forced_B1
 
 
 def _report(scores_BV: torch.Tensor, token_B1: torch.Tensor, alternatives: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +16,8 @@ class Sampling:
         top_k: draw from so many of the likeliest tokens; 0: from all of them.
         seed: same seed, same prompt, same revision: same tokens, whatever else runs beside it.
         logprobs: None: no log-probabilities; else how many alternatives to name for each token.
+        forced: (length of the prompt, tokens): these tokens, whatever the model would say; for
+            whoever wants to know how likely a text is. The temperature does not matter then.
     """
 
     temperature: float = 1.0
@@ -22,6 +25,14 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
     logprobs: int | None = None
+    forced: tuple[int, tuple[int, ...]] | None = None
+
+    def forced_at(self, position: int) -> int | None:
+        """The token that has to stand at `position` of the sequence, the prompt counted."""
+        if self.forced is None:
+            return None
+        begins, tokens = self.forced
+        return tokens[position - begins]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +46,10 @@ class TokenLogprobs:
 
     chosen: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+class TextScore(NamedTuple):
+    """The sum of the natural logarithms of the probabilities of `tokens` tokens."""
+
+    logprob: float
+    tokens: int

@@ -59,7 +59,7 @@ class Running:
         self.engine.start()
 
     def __call__(self, story: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(asyncio.wait_for(story, 120))
+        return self._runner.run(asyncio.wait_for(story, 240))
 
     @property
     def manager(self) -> LaneManager:

@@ -9,7 +9,9 @@ import asyncio
 import pickle
 import random
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -21,13 +23,17 @@ from serve_app.engine import (
     EngineStopped,
     GenerationFailed,
     RevisionNotServed,
+    Step,
 )
 from serve_app.lanes import LanesTaken
+from serve_app.ledger import PROBE, Tally
+from serve_app.messages import key
 from serve_app.rollout.plan import InFlight
+from serve_app.rollout.state import Traffic
 from tests.e2e.tiny_world import TinyWorld
 
 from .fakes import settled, until
-from .generating import LONG, SHORT, Running, Said, started
+from .generating import GREEDY, LONG, SHORT, Running, Said, started
 
 BOTH = pytest.mark.parametrize("in_flight", ["drain", "overlap"])
 
@@ -86,7 +92,7 @@ async def nobody_is_inside(running: Running) -> None:
         scheduler = manager.batch_processor.scheduler
         assert not scheduler.active_requests
         assert not scheduler.waiting_requests
-        assert manager._logprobs == {}
+        assert manager._notes == {}
         assert manager.output_router.result_handlers == {}
 
 
@@ -570,5 +576,264 @@ def test_a_hundred_random_swaps_under_mixed_load_lose_and_mix_nothing(two: Runni
         assert left > 0
         assert [s for s, ids, n in steps if not two.is_exact(s, ids, n)] == []
         await nobody_is_inside(two)
+
+    two(story())
+
+
+# ---- a canary -----------------------------------------------------------------------------------
+
+CANARY = "beta"
+
+
+def full(running: Running, name: str) -> str:
+    return key(running.images[name].revision)
+
+
+def traffic(running: Running, weight: float, trial: str = "r1.1.1", **more: Any) -> Traffic:
+    given: dict[str, Any] = {"canary": full(running, CANARY), "placement": "shared"} | more
+    return Traffic(weight=weight, trial=trial, **given)
+
+
+@asynccontextmanager
+async def canary(running: Running, weight: float, **more: Any) -> AsyncIterator[dict[str, Tally]]:
+    """Alpha is the default, beta beside it has this share; the tallies of what runs meanwhile."""
+    await running.swap("alpha")
+    await running.hold(CANARY)
+    running.engine.go_by(traffic(running, weight, **more))
+    tallies = running.engine.ledger.tallies
+    try:
+        yield tallies
+    finally:
+        running.engine.go_by(None)
+        running.engine.drop(running.images[CANARY].revision)
+        await nobody_is_inside(running)
+
+
+async def admitted_to(running: Running, pin: str | None = None, session: str | None = None) -> str:
+    """Where such a request would run; it does nothing there."""
+    async with running.engine.admit(pin, session) as ticket:
+        return ticket.revision.name
+
+
+@pytest.mark.parametrize("weight", [0.0, 5.0, 50.0, 100.0])
+def test_a_shared_canary_gets_its_weight_of_the_requests_that_name_none(
+    two: Running, weight: float
+) -> None:
+    async def story() -> None:
+        async with canary(two, weight) as tallies:
+            names = [await admitted_to(two) for _ in range(200)]
+            assert abs(names.count(CANARY) - 2 * weight) <= 3
+            assert set(names) <= {"alpha", CANARY}
+            seen = {k.partition("@")[0]: tally for k, tally in tallies.items()}
+            assert {name: names.count(name) for name in set(names)} == {
+                name: tally.chosen for name, tally in seen.items()
+            }
+            step = await two.answer(LONG)
+            assert two.is_exact(step, LONG)
+
+    two(story())
+
+
+def test_a_session_stays_on_the_canary_and_larger_weights_only_add_sessions(two: Running) -> None:
+    sessions = [f"user {i}" for i in range(60)]
+
+    async def story() -> None:
+        before: set[str] = set()
+        async with canary(two, 0):
+            for step, weight in enumerate([10.0, 10.0, 30.0, 80.0, 100.0]):
+                two.engine.go_by(traffic(two, weight, f"r1.{step}.1"))
+                runs = [(s, await admitted_to(two, session=s)) for s in sessions * 2]
+                there = {session for session, name in runs if name == CANARY}
+                assert len([1 for _, name in runs if name == CANARY]) == 2 * len(there)
+                assert before <= there
+                before = there
+        assert before == set(sessions)
+
+    two(story())
+
+
+def test_a_pin_is_never_taken_to_the_canary_or_away_from_it(two: Running) -> None:
+    async def story() -> None:
+        async with canary(two, 100) as tallies:
+            assert {await admitted_to(two, "alpha") for _ in range(20)} == {"alpha"}
+            assert await admitted_to(two, "alpha", "some session") == "alpha"
+            two.engine.go_by(traffic(two, 0))
+            assert {await admitted_to(two, CANARY) for _ in range(20)} == {CANARY}
+            assert [tally.chosen for tally in tallies.values()] == [0, 0]
+
+    two(story())
+
+
+def test_the_default_answers_where_the_canary_is_not_or_requests_are_split_elsewhere(
+    two: Running,
+) -> None:
+    async def story() -> None:
+        async with canary(two, 100):
+            two.engine.go_by(traffic(two, 100, canary=full(two, "gamma")))
+            assert await admitted_to(two) == "alpha"
+            two.engine.go_by(traffic(two, 100, placement="dedicated"))
+            assert await admitted_to(two, session="s") == "alpha"
+            two.engine.go_by(None)
+            assert await admitted_to(two) == "alpha"
+            two.engine.go_by(traffic(two, 100))
+            two.engine.drop(two.images[CANARY].revision)
+            assert await admitted_to(two) == "alpha"
+
+    two(story())
+
+
+def test_a_canary_that_became_the_default_answers_everybody(two: Running) -> None:
+    async def story() -> None:
+        async with canary(two, 0):
+            await two.swap(CANARY, "overlap")
+            assert await admitted_to(two) == CANARY
+            assert await admitted_to(two, session="s") == CANARY
+
+    two(story())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_became_of_a_request_is_in_the_ledger(two: Running, stream: bool) -> None:
+    async def story() -> None:
+        async with canary(two, 100) as tallies:
+            began = time.perf_counter()
+            step = await begin(two, LONG, 20, stream=stream)
+            within = time.perf_counter() - began
+            assert list(tallies) == [full(two, CANARY)]
+            [tally] = tallies.values()
+            assert (tally.requests, tally.errors, tally.chosen) == (1, 0, 1)
+            [latency], [first], [rate] = tally.latency_s, tally.first_token_s, tally.tokens_per_s
+            assert 0 < first < latency < within
+            assert rate == pytest.approx((len(step.token_ids) - 1) / (latency - first))
+            await two.answer(SHORT, 1, pin="alpha")
+            pinned = tallies[full(two, "alpha")]
+            assert (pinned.requests, pinned.chosen, pinned.tokens_per_s) == (1, 0, [])
+            assert len(pinned.first_token_s) == 1
+
+    two(story())
+
+
+def test_a_request_with_several_choices_has_the_first_token_of_any_and_the_tokens_of_all(
+    two: Running,
+) -> None:
+    async def story() -> None:
+        async with canary(two, 100) as tallies, two.engine.admit() as ticket:
+            heard: list[Step] = []
+
+            async def one(ids: list[int], tokens: int, stream: bool) -> None:
+                how: dict[str, Any] = {"sampling": GREEDY, "stream": stream}
+                async for step in ticket.generate(ids, max_tokens=tokens, **how):
+                    heard.append(step)
+
+            await asyncio.gather(one(SHORT, 30, False), one(LONG, 7, True), one([9], 1, False))
+            ended = [step for step in heard if step.finished]
+            assert ticket.tokens == sum(len(step.token_ids) for step in ended)
+            assert ticket.first_at == min(step.first_at or 0 for step in heard)
+            assert not tallies, "it is not over"
+
+    two(story())
+
+
+def test_the_first_token_of_a_whole_answer_is_long_before_its_last(two: Running) -> None:
+    """It is heard of only together with the last one."""
+
+    async def story() -> None:
+        await two.swap("alpha")
+        for stream in (False, True):
+            async with two.engine.admit() as ticket:
+                how: dict[str, Any] = {"sampling": GREEDY, "stream": stream}
+                times = [
+                    step.first_at async for step in ticket.generate(SHORT, max_tokens=50, **how)
+                ]
+                over = time.perf_counter()
+            [first] = set(times)
+            assert first is not None
+            assert first < over
+            if not stream:
+                assert len(times) == 1
+
+    two(story())
+
+
+def test_a_request_that_fails_is_an_error_of_its_revision_and_says_nothing_about_times(
+    make: Callable[..., Running],
+) -> None:
+    running = make(lanes=2, request_timeout_s=0.15)
+
+    async def story() -> None:
+        async with canary(running, 100) as tallies:
+            with pytest.raises(GenerationFailed):
+                await running.answer(SHORT, 10**6)
+            with pytest.raises(DeadlineExceeded):
+                await running.answer(SHORT, 1500)
+            assert tallies == {full(running, CANARY): Tally(requests=2, errors=2, chosen=2)}
+
+    running(story())
+
+
+def test_who_was_refused_or_went_away_is_not_in_the_ledger(two: Running) -> None:
+    async def story() -> None:
+        async with canary(two, 50) as tallies:
+            with pytest.raises(RevisionNotServed):
+                await two.answer(SHORT, pin="nobody")
+            gone = begin(two, SHORT, 500)
+            await until(lambda: bool(in_lanes(two)))
+            gone.cancel()
+            await asyncio.wait([gone])
+            async with two.steps(SHORT, 500, stream=True) as unfinished:
+                await anext(unfinished)
+            seen = sum(tally.requests for tally in tallies.values())
+            assert seen == 1, "whoever has read enough was answered"
+            with pytest.raises(ZeroDivisionError):  # the client's own fault
+                async with two.engine.admit():
+                    raise ZeroDivisionError
+            assert sum(tally.requests for tally in tallies.values()) == seen
+
+    two(story())
+
+
+def test_a_full_house_is_no_error_of_the_revision(make: Callable[..., Running]) -> None:
+    running = make(lanes=1, lane_overflow="refuse")
+
+    async def story() -> None:
+        async with canary(running, 100) as tallies:
+            long = begin(running, SHORT, 200, pin="alpha")
+            await lane_of(running, running.world.revision("alpha"))
+            with pytest.raises(LanesTaken):
+                await running.answer(SHORT)
+            assert not tallies
+            await long
+
+    running(story())
+
+
+def test_the_requests_of_probes_are_not_counted(two: Running) -> None:
+    async def story() -> None:
+        async with canary(two, 50) as tallies:
+            assert await admitted_to(two, CANARY, PROBE) == CANARY
+            assert await admitted_to(two, "alpha", PROBE) == "alpha"
+            assert not tallies
+
+    two(story())
+
+
+def test_a_new_trial_begins_with_nothing_and_hears_nothing_of_older_requests(two: Running) -> None:
+    async def story() -> None:
+        async with canary(two, 100) as tallies:
+            await two.answer(SHORT, 2)
+            assert sum(tally.requests for tally in tallies.values()) == 1
+            late = begin(two, SHORT, 60)
+            await lane_of(two, two.world.revision(CANARY))
+            two.engine.go_by(traffic(two, 50, "r1.2.1"))
+            assert two.engine.ledger.tallies == {}
+            await late
+            assert two.engine.ledger.tallies == {}
+            two.engine.go_by(traffic(two, 60, "r1.2.1"))
+            await two.answer(SHORT, 2)
+            two.engine.go_by(traffic(two, 70, "r1.2.1"))
+            assert len(two.engine.ledger.tallies) == 1, "the same trial goes on"
+        assert (two.engine.ledger.trial, two.engine.ledger.tallies) == (None, {})
+        await two.answer(SHORT, 2)
+        assert two.engine.ledger.tallies == {}
 
     two(story())

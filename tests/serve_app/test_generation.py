@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ from serve_app.sampling import Sampling
 from tests.e2e.tiny_world import TinyWorld
 
 from .fakes import settled, until
-from .generating import LONG, SHORT, Running, Said, all_steps, assert_near, started
+from .generating import GREEDY, LONG, SHORT, Running, Said, all_steps, assert_near, started
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +264,7 @@ async def nothing_is_left(running: Running) -> None:
     for manager in running.engine._managers:
         scheduler = manager.batch_processor.scheduler
         await until(lambda scheduler=scheduler: not scheduler.has_pending_requests())  # type: ignore[misc]
-        assert (scheduler.only, manager._logprobs) == (None, {})
+        assert (scheduler.only, manager._notes) == (None, {})
         assert not scheduler.waiting_requests_order
 
 
@@ -374,6 +375,87 @@ def test_a_request_that_is_larger_than_the_cache_fails_and_nobody_else_does(
         assert small.is_exact(just, LONG, 256 - len(LONG))
 
     small(story())
+
+
+async def first_tokens(running: Running, ids: list[int], tokens: int, *, stream: bool) -> set[Any]:
+    """What the steps of a request say about when its first token was there."""
+    async with running.engine.admit() as ticket:
+        steps = ticket.generate(ids, max_tokens=tokens, sampling=GREEDY, stream=stream)
+        return {step.first_at async for step in steps}
+
+
+def test_a_request_that_starts_over_in_a_full_cache_had_its_first_token_before(
+    small: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = small.manager.batch_processor.offloading_manager
+    offload, reset_at = manager.offload_requests, list[float]()
+
+    def offload_requests() -> bool:
+        reset_at.append(time.perf_counter())
+        return bool(offload())
+
+    monkeypatch.setattr(manager, "offload_requests", offload_requests)
+
+    async def story() -> None:
+        await small.swap("alpha")
+        began = time.perf_counter()
+        with small.manager.pause():
+            tasks = [
+                asyncio.create_task(first_tokens(small, ids, 200, stream=stream))
+                for ids, stream in ((SHORT, False), ([9], False), ([9, 8], True))
+            ]
+            await settled()
+        for seen in await asyncio.gather(*tasks):
+            [first] = seen
+            assert began < first < reset_at[0]
+
+    small(story())
+
+
+def test_a_request_that_starts_over_beside_a_bad_one_had_its_first_token_before(
+    fresh: Running, poison: Poison
+) -> None:
+    async def story() -> None:
+        await fresh.swap("alpha")
+        tasks = [
+            asyncio.create_task(first_tokens(fresh, SHORT, 300, stream=stream))
+            for stream in (False, True)
+        ]
+        await until(lambda: [n.first_at is not None for n in notes(fresh)] == [True, True])
+        known = time.perf_counter()
+        with pytest.raises(GenerationFailed):
+            await fresh.answer([BAD])
+        for seen in await asyncio.gather(*tasks):
+            [first] = seen
+            assert first < known
+        assert poison.failed
+        await nothing_is_left(fresh)
+
+    fresh(story())
+
+
+def notes(running: Running) -> list[Any]:
+    return list(running.manager._notes.values())
+
+
+def test_a_prompt_that_is_read_in_parts_has_no_first_token_before_its_last_part(
+    eager: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = eager.manager
+    step, ended = manager._generation_step, list[float]()
+
+    def timed() -> None:
+        ended.append(time.perf_counter())
+        step()
+
+    async def story() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(manager, "_generation_step", timed)
+            [first] = await first_tokens(eager, (LONG * 5)[:600], 1, stream=False)
+        assert len(ended) > 1
+        assert first > ended[-1]
+
+    eager(story())
 
 
 # ---- what transformers has, and did not promise -------------------------------------------------

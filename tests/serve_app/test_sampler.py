@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -42,7 +42,9 @@ def draw_on_device(
     scores: torch.Tensor, samplings: list[Sampling], uniforms: list[float]
 ) -> torch.Tensor:
     """What an accelerator runs, here."""
-    return sampler._draw_on_device(scores, sampler._arguments(samplings, uniforms))[0].squeeze(-1)
+    return sampler._draw_on_device(
+        scores, sampler._arguments(samplings, uniforms, [None] * len(samplings))
+    )[0].squeeze(-1)
 
 
 both = pytest.mark.parametrize("draw", [draw_on_host, draw_on_device])
@@ -279,6 +281,93 @@ def test_a_request_whose_state_is_made_again_goes_on_with_the_same_numbers() -> 
     own, storage = Sampler(max_logprobs=0), torch.empty((4, 8), dtype=torch.int32)
     first = own.prepare_tensor_args([before], storage).clone()
     assert torch.equal(own.prepare_tensor_args([after], storage), first)
+
+
+# forced tokens
+
+
+def forced(prompt: int, *tokens: int, **more: Any) -> Sampling:
+    return Sampling(forced=(prompt, tokens), **more)
+
+
+@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_forced_token_comes_whatever_the_model_would_say_and_beside_it_nothing_changes(
+    device: bool, temperature: float
+) -> None:
+    scores = 3 * torch.randn(5, 40, generator=torch.Generator().manual_seed(9))
+    worst = int(scores[1].argmin())
+    others = [Sampling(seed=4, top_k=9, logprobs=2), GREEDY, Sampling(seed=5, logprobs=0)]
+    batch = [
+        request("drawn", others[0]),
+        request("forced", forced(3, worst, temperature=temperature, top_p=0.1, logprobs=1)),
+        request("greedy", others[1]),
+        request("silent", forced(3, 7, temperature=temperature)),
+        request("also drawn", others[2]),
+    ]
+    own, alone = Sampler(max_logprobs=2), Sampler(max_logprobs=2)
+    rows = [0, 2, 4]
+    with as_on_a_device(own) if device else nullcontext():
+        result = step(own, batch, scores.clone())
+    with as_on_a_device(alone) if device else nullcontext():
+        undisturbed = step(alone, [batch[row] for row in rows], scores[rows].clone())
+    tokens = result.argmax(-1)
+    assert (int(tokens[1]), int(tokens[3])) == (worst, 7)
+    assert torch.equal(result[rows], undisturbed)
+    taken, expected = own.take(), torch.log_softmax(scores, -1)
+    said = taken.pop("forced")
+    assert said.chosen == pytest.approx(float(expected[1, worst]), abs=1e-5)
+    assert said.top[0][0] == int(scores[1].argmax())
+    assert taken == alone.take()
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_a_batch_of_forced_rows_alone_is_forced_too(device: bool) -> None:
+    own, scores = Sampler(max_logprobs=0), torch.randn(3, 8)
+    with as_on_a_device(own) if device else nullcontext():
+        batch = [request(str(row), forced(3, 5 - row)) for row in range(3)]
+        assert step(own, batch, scores).argmax(-1).tolist() == [5, 4, 3]
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_the_largest_vocabulary_there_is_can_be_forced_token_by_token(device: bool) -> None:
+    """Ids travel as float32, which has every whole number up to 2 ** 24."""
+    own, last = Sampler(max_logprobs=0), 2**18 + 1
+    for token in (0, 2**17 + 1, last):
+        with as_on_a_device(own) if device else nullcontext():
+            scores = torch.zeros(1, last + 1)
+            result = step(own, [request("me", forced(3, token))], scores)
+        assert int(result.argmax()) == token
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_a_token_that_the_model_rules_out_is_forced_and_has_no_logprob(device: bool) -> None:
+    own, scores = Sampler(max_logprobs=0), torch.zeros(2, 8)
+    scores[0, 3] = -math.inf
+    scores[1] = -math.inf
+    with as_on_a_device(own) if device else nullcontext():
+        batch = [request(name, forced(3, 3, logprobs=0)) for name in "ab"]
+        assert step(own, batch, scores).argmax(-1).tolist() == [3, 3]
+    assert own.take() == {"a": TokenLogprobs(-9999.0), "b": TokenLogprobs(-9999.0)}
+
+
+def test_the_place_of_a_forced_token_counts_the_prompt_and_survives_a_request_made_again() -> None:
+    sampling = forced(4, 11, 12, 13, 14)
+    before = request("me", sampling, prompt=4)
+    own, storage = Sampler(max_logprobs=0), torch.empty((4, 8), dtype=torch.int32)
+    for said, want in (([], 11), ([11], 12), ([11, 12, 13], 14)):
+        before.state.generated_tokens = said
+        after = FutureRequestState(
+            before.state.create_equivalent_initial_request(),
+            has_new_token=True,
+            complete_blocks={},
+            query_length=7,
+        )
+        for one in (before, after):
+            args = own.prepare_tensor_args([one], storage).view(torch.float32)
+            assert (float(args[0, 0]), float(args[2, 0])) == (sampler._FORCED, want)
+    assert [sampling.forced_at(at) for at in (4, 7)] == [11, 14]
+    assert Sampling().forced_at(4) is None
 
 
 # the manager's side

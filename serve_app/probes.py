@@ -1,0 +1,175 @@
+"""Probes: questions that a canary is asked before anybody relies on its answers.
+
+A plan names a function, `package.module:function`. It runs as a Ray task, with a client pinned to
+the canary, one pinned to stable, and the plan's options; it returns a number for each score. Two
+that need no code of yours are at the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from typing import Any
+
+import fsspec
+from ray import serve
+
+from .ledger import PROBE
+from .sampling import TextScore
+
+ProbeFunction = Callable[..., Mapping[str, float]]
+_LOG_LIKELIHOOD = "serve_app.probes:log_likelihood"
+_AGREEMENT = "serve_app.probes:agreement"
+_AT_ONCE = 4  # of a probe's requests: they are guests among those of users
+
+
+class ProbeInvalid(Exception):
+    """There is no such function, or what it returned are no scores."""
+
+    code = "probe_invalid"
+
+    def __init__(self, function: str, why: str) -> None:
+        super().__init__(function, why)
+        self.function, self.why = function, why
+
+    def __str__(self) -> str:
+        return f"the probe {self.function} {self.why}"
+
+
+class Client:
+    """One revision of the fleet, asked through Serve. `revision`: in full, or `name@digest8`.
+
+    What it asks is not counted among the requests of users: there it would say something else of
+    the canary, which has few others, than of stable.
+    """
+
+    def __init__(self, app: str, revision: str, *, deployment: str = "Model") -> None:
+        self.revision = revision
+        self._handle = serve.get_deployment_handle(deployment, app)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **parameters: Any) -> str:
+        """The text of an answer; greedy unless `parameters`, which are OpenAI's, say otherwise."""
+        request = {"temperature": 0.0, "messages": list(messages)} | parameters
+        document = self._handle.chat.remote(request, self.revision, PROBE).result()
+        return str(document["choices"][0]["message"]["content"])
+
+    def complete(self, prompt: str, **parameters: Any) -> str:
+        """The same for a continuation."""
+        request = {"temperature": 0.0, "prompt": prompt} | parameters
+        document = self._handle.complete.remote(request, self.revision, PROBE).result()
+        return str(document["choices"][0]["text"])
+
+    def classify(self, text: str) -> str:
+        """The likeliest label of a text, of a model that classifies."""
+        document = self._handle.classify.remote({"input": text}, self.revision, PROBE).result()
+        return str(document["data"][0]["label"])
+
+    def score(self, texts: Sequence[str]) -> list[TextScore]:
+        """How likely the model finds each text, after its first token."""
+        found: list[TextScore] = []
+        for first in range(0, len(texts), _AT_ONCE):
+            some = list(texts[first : first + _AT_ONCE])
+            found += self._handle.score.remote(some, self.revision).result()
+        return found
+
+
+def resolve(function: str) -> ProbeFunction:
+    """The function that `package.module:function` names. Raises `ProbeInvalid`."""
+    module, _, name = function.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except Exception as error:  # a module may raise anything
+        raise ProbeInvalid(function, f"cannot be imported: {error}") from error
+    if not callable(found):
+        raise ProbeInvalid(function, "is not a function")
+    return found  # type: ignore[no-any-return]
+
+
+def check(functions: Sequence[str]) -> None:
+    """Raises `ProbeInvalid` for the first one that is not there, where probes run."""
+    for function in functions:
+        resolve(function)
+
+
+def run(
+    function: str, app: str, canary: str, stable: str, options: Mapping[str, Any]
+) -> dict[str, float]:
+    """The scores of one run; what the Ray task does. Raises `ProbeInvalid`, and what it raises."""
+    given = resolve(function)(Client(app, canary), Client(app, stable), **options)
+    try:
+        return {str(name): float(value) for name, value in given.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ProbeInvalid(function, f"returned no scores but {given!r:.100}") from error
+
+
+# ---- probes that are ready to use ------------------------------------------------------------
+
+
+def log_likelihood(canary: Client, stable: Client, *, file: str) -> dict[str, float]:
+    """How well both predict held-out text: mean log-probability of a token, natural logarithm.
+
+    Args:
+        file: any fsspec URI; one text a line.
+
+    Returns:
+        `canary`, `stable`, and `gain`: the canary's minus stable's.
+    """
+    texts = _lines(file, _LOG_LIKELIHOOD)
+    ours, theirs = (_mean(client.score(texts)) for client in (canary, stable))
+    return {"canary": ours, "stable": theirs, "gain": ours - theirs}
+
+
+def agreement(
+    canary: Client, stable: Client, *, file: str, max_tokens: int = 64
+) -> dict[str, float]:
+    """How often both give the golden answer: greedy, the spaces around it aside.
+
+    Args:
+        file: any fsspec URI; one JSON object a line: `answer`, and `prompt` (a text to continue) or
+            `messages` (a chat).
+        max_tokens: of an answer.
+
+    Returns:
+        `canary` and `stable`, shares from 0 to 1, and `gain`: the canary's minus stable's.
+    """
+    golden = [_case(line) for line in _lines(file, _AGREEMENT)]
+
+    def right(client: Client, case: Mapping[str, Any]) -> bool:
+        if "messages" in case:
+            said = client.chat(case["messages"], max_tokens=max_tokens)
+        else:
+            said = client.complete(case["prompt"], max_tokens=max_tokens)
+        return said.strip() == str(case["answer"]).strip()
+
+    def share(client: Client) -> float:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return sum(pool.map(lambda case: right(client, case), golden)) / len(golden)
+
+    ours, theirs = share(canary), share(stable)
+    return {"canary": ours, "stable": theirs, "gain": ours - theirs}
+
+
+def _lines(file: str, function: str) -> list[str]:
+    """Those that are not empty. Raises `ProbeInvalid` when none is."""
+    with fsspec.open(file, "rt", encoding="utf-8") as lines:
+        found = [text for line in lines if (text := line.strip())]
+    if not found:
+        raise ProbeInvalid(function, f"has nothing to ask: {file} is empty")
+    return found
+
+
+def _case(line: str) -> dict[str, Any]:
+    try:
+        case = json.loads(line)
+    except ValueError:
+        case = None
+    if isinstance(case, dict) and "answer" in case and ("messages" in case or "prompt" in case):
+        return case
+    raise ProbeInvalid(_AGREEMENT, f"needs an answer, and a prompt or messages: {line:.100}")
+
+
+def _mean(scores: Iterable[TextScore]) -> float:
+    known = list(scores)
+    return sum(each.logprob for each in known) / sum(each.tokens for each in known)
