@@ -13,7 +13,9 @@ demo: $(READY)
 	$(BIN)/python -m examples.demo
 
 test: check $(EXTRAS)/.ready
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage run -m pytest tests/serve_app/rollout
+	$(BIN)/coverage report
+	$(BIN)/python -m pytest --ignore=tests/serve_app/rollout $(PYTEST_ARGS)
 	PYTHONPATH=$(EXTRAS) $(BIN)/python -m pytest tests/extras
 
 check: $(READY)

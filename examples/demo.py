@@ -30,6 +30,7 @@ from examples.demo_reference import (
 from examples.demo_server import FIRST, PORT, REPLICAS, DemoFailed, Server, free_port
 from serve_app import embedded
 from serve_app.client import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
+from serve_app.rollout.plan import Plan
 from serve_app.screen import rollout_line
 from serve_app.views import FleetView
 
@@ -82,7 +83,7 @@ def swap(client: HotswapClient, screen: Screen, load: Load, story: Story, to: st
         begun = client.undo()
     else:
         screen.say(f"$ hotswap{at} rollout start --adapter serve_app/adapters/{to} --watch")
-        begun = client.start(adapter=str(embedded.ADAPTERS / to))
+        begun = client.start(Plan(adapter=str(embedded.ADAPTERS / to)))
     for rollout, fleet in client.watch(begun.id):
         screen.show(fleet, rollout, load)
         story.saw(fleet.replicas)

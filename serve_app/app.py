@@ -13,6 +13,7 @@ import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from hotswap_lib import BASE, AdapterRefused, InvalidEnvelope, load_adapter
 
@@ -22,6 +23,7 @@ from .embedded import EmbeddedModelMissing
 from .gateway import Gateway
 from .loading import UnsupportedModel
 from .replica import Model
+from .router import STATS_PERIOD_S, RevisionRouter
 from .settings import InvalidSettings, Settings, parse
 
 MODEL = "Model"
@@ -52,6 +54,11 @@ def build(args: dict[str, Any]) -> Application:
         graceful_shutdown_timeout_s=settings.drain_timeout_s,  # what runs is finished
         graceful_shutdown_wait_loop_s=_WAIT_LOOP_S,
         health_check_period_s=5,
+        request_router_config=RequestRouterConfig(
+            request_router_class=RevisionRouter,
+            request_router_kwargs={"model_name": settings.model_name},
+            request_routing_stats_period_s=STATS_PERIOD_S,
+        ),
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": _gpus(settings)},
     ).bind(settings, controller)
     gateway = serve.deployment(

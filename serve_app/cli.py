@@ -14,12 +14,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
+import yaml
+from pydantic import ValidationError
 from rich.console import Console, RenderableType
 from typer.core import TyperGroup
 
 from serve_app.client import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
 from serve_app.printing import complain, draw, show
-from serve_app.rollout.plan import InFlight, Strategy
+from serve_app.rollout.plan import InFlight, OnFailure, Placement, Plan, Strategy
 from serve_app.screen import (
     adapters_screen,
     fleet_screen,
@@ -71,7 +73,7 @@ class ExitCodes(TyperGroup):
 # plain help: a box around a usage error hides it from grep and breaks its line
 PLAIN: Any = {"rich_markup_mode": None, "no_args_is_help": True, "add_completion": False}
 app = typer.Typer(cls=ExitCodes, help=HELP, pretty_exceptions_enable=False, **PLAIN)
-rollout_app = typer.Typer(help="Start, see and abort rollouts.", **PLAIN)
+rollout_app = typer.Typer(help="Start, steer and see rollouts.", **PLAIN)
 app.add_typer(rollout_app, name="rollout")
 adapters_app = typer.Typer(help="Serve more adapters, for requests that name them.", **PLAIN)
 app.add_typer(adapters_app, name="adapters")
@@ -100,7 +102,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print the document only.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Follow it to its end.")]
 Name = Annotated[str, typer.Argument(help="What requests call it.")]
 Generation = Annotated[
-    int | None, typer.Option(help="Refuse if anything was decided since (hotswap adapters list).")
+    int | None, typer.Option(help="Refuse if anything was decided since (hotswap status).")
+]
+Key = Annotated[
+    str | None,
+    typer.Option("--idempotency-key", help="Your name for this request; again changes nothing."),
 ]
 Id = Annotated[str, typer.Argument(metavar="ID", callback=_some_id)]
 
@@ -133,10 +139,19 @@ def status(ctx: typer.Context, watch: Watch = False, as_json: Json = False) -> N
 
 
 @app.command()
-def undo(ctx: typer.Context, watch: Watch = False, as_json: Json = False) -> None:
-    """Bring back the revision that was stable before."""
+def undo(
+    ctx: typer.Context,
+    *,
+    to: Annotated[str | None, typer.Option(help="That earlier revision (hotswap history).")] = None,
+    expected_generation: Generation = None,
+    key: Key = None,
+    watch: Watch = False,
+    as_json: Json = False,
+) -> None:
+    """Abort what runs; else bring back the revision that was stable before."""
     client: HotswapClient = ctx.obj
-    _follow(client, client.undo(), watch=watch, as_json=as_json)
+    undone = client.undo(to=to, expected_generation=expected_generation, key=key)
+    _follow(client, undone, watch=watch, as_json=as_json)
 
 
 @app.command()
@@ -167,26 +182,57 @@ def inspect(
 def start(
     ctx: typer.Context,
     *,
-    adapter: Annotated[str, typer.Option(help="A directory, or what else the server resolves.")],
+    plan: Annotated[
+        str | None, typer.Option(help="A plan in YAML or JSON; other options go over it.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="A directory, or what else the server resolves.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The revision's name.")] = None,
-    strategy: Annotated[Strategy, typer.Option(help="In waves, or at once.")] = "rolling",
-    max_unavailable: Annotated[int, typer.Option(min=1, help="Out of service at once.")] = 1,
+    strategy: Annotated[
+        Strategy | None, typer.Option(help="In waves (the default), at once, or step by step.")
+    ] = None,
+    step: Annotated[
+        list[str],
+        typer.Option(metavar="WEIGHT[:HOLD]", help="Of a canary, such as 10:30s or 50:manual."),
+    ] = [],  # noqa: B006  # typer copies it
+    placement: Annotated[
+        Placement | None, typer.Option(help="A canary beside stable, or on its own replicas.")
+    ] = None,
+    max_unavailable: Annotated[
+        int | None, typer.Option(min=1, help="Out of service at once; 1 by default.")
+    ] = None,
     in_flight: Annotated[
         InFlight | None,
         typer.Option(help="Wait for running requests, or let them finish beside the new ones."),
     ] = None,
+    progress_deadline: Annotated[
+        str | None, typer.Option(help="How long it may get no further, such as 10m.")
+    ] = None,
+    on_failure: Annotated[
+        OnFailure | None, typer.Option(help="Go back (the default), or wait for you.")
+    ] = None,
+    expected_generation: Generation = None,
+    key: Key = None,
     watch: Watch = False,
     as_json: Json = False,
 ) -> None:
     """Move the fleet to another adapter."""
     client: HotswapClient = ctx.obj
-    rollout = client.start(
-        adapter=adapter if adapter == "base" else _source(adapter),  # base: no adapter
-        name=name,
-        strategy=strategy,
-        max_unavailable=max_unavailable,
-        in_flight=in_flight,
-    )
+    options = {
+        "adapter": adapter,
+        "name": name,
+        "strategy": strategy,
+        "steps": [_step(each) for each in step] or None,
+        "placement": placement,
+        "max_unavailable": max_unavailable,
+        "in_flight": in_flight,
+        "progress_deadline": progress_deadline,
+        "on_failure": on_failure,
+    }
+    given = {field: value for field, value in options.items() if value is not None}
+    asked = _plan((_read_plan(plan) if plan else {}) | given)
+    rollout = client.start(asked, expected_generation=expected_generation, key=key)
     _follow(client, rollout, watch=watch, as_json=as_json)
 
 
@@ -206,10 +252,82 @@ def list_rollouts(ctx: typer.Context, as_json: Json = False) -> None:
 
 
 @rollout_app.command()
-def abort(ctx: typer.Context, id: Id, as_json: Json = False) -> None:
+def promote(
+    ctx: typer.Context,
+    id: Id,
+    *,
+    full: Annotated[bool, typer.Option("--full", help="Every step that is left.")] = False,
+    expected_generation: Generation = None,
+    key: Key = None,
+    watch: Watch = False,
+    as_json: Json = False,
+) -> None:
+    """Leave the current step now, whatever is measured."""
+    client: HotswapClient = ctx.obj
+    promoted = client.promote(id, full=full, expected_generation=expected_generation, key=key)
+    _follow(client, promoted, watch=watch, as_json=as_json)
+
+
+@rollout_app.command()
+def abort(
+    ctx: typer.Context,
+    id: Id,
+    *,
+    expected_generation: Generation = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
     """Send every replica back to the stable revision."""
     client: HotswapClient = ctx.obj
-    _follow(client, client.abort(id), watch=False, as_json=as_json)
+    aborted = client.abort(id, expected_generation=expected_generation, key=key)
+    _follow(client, aborted, watch=False, as_json=as_json)
+
+
+@rollout_app.command()
+def pause(
+    ctx: typer.Context,
+    id: Id,
+    *,
+    expected_generation: Generation = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Stay in the current step; nobody else is sent to the target."""
+    client: HotswapClient = ctx.obj
+    paused = client.pause(id, expected_generation=expected_generation, key=key)
+    _follow(client, paused, watch=False, as_json=as_json)
+
+
+@rollout_app.command()
+def resume(
+    ctx: typer.Context,
+    id: Id,
+    *,
+    expected_generation: Generation = None,
+    key: Key = None,
+    watch: Watch = False,
+    as_json: Json = False,
+) -> None:
+    """Go on after a pause."""
+    client: HotswapClient = ctx.obj
+    resumed = client.resume(id, expected_generation=expected_generation, key=key)
+    _follow(client, resumed, watch=watch, as_json=as_json)
+
+
+@rollout_app.command()
+def retry(
+    ctx: typer.Context,
+    id: Id,
+    *,
+    expected_generation: Generation = None,
+    key: Key = None,
+    watch: Watch = False,
+    as_json: Json = False,
+) -> None:
+    """Try again what failed: from its step when it is paused, from its start when it ended."""
+    client: HotswapClient = ctx.obj
+    again = client.retry(id, expected_generation=expected_generation, key=key)
+    _follow(client, again, watch=watch, as_json=as_json)
 
 
 @adapters_app.command()
@@ -251,6 +369,35 @@ def list_adapters(ctx: typer.Context, as_json: Json = False) -> None:
     client: HotswapClient = ctx.obj
     adapters = client.adapters()
     show(adapters, adapters_screen(adapters), as_json=as_json)
+
+
+def _read_plan(file: str) -> dict[str, Any]:
+    try:
+        with open(file, encoding="utf-8") as text:
+            document = yaml.safe_load(text)  # JSON is YAML, too
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise typer.BadParameter(f"the plan {file} cannot be read: {why}") from error
+    if not isinstance(document, dict):
+        raise typer.BadParameter(f"the plan {file} is no mapping of fields to values")
+    return document
+
+
+def _step(text: str) -> dict[str, object]:
+    weight, colon, hold = text.partition(":")
+    return {"weight": weight, **({"hold": hold} if colon else {})}
+
+
+def _plan(fields: dict[str, Any]) -> Plan:
+    try:
+        plan = Plan.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "plan"
+        raise typer.BadParameter(f"{where}: {first['msg']}") from error
+    if plan.adapter == "base":  # no adapter
+        return plan
+    return plan.model_copy(update={"adapter": _source(plan.adapter)})
 
 
 def _source(adapter: str) -> str:

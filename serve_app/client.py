@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx
 from pydantic import ValidationError
 
-from serve_app.rollout.plan import InFlight, Strategy
+from serve_app.rollout.plan import Plan
 from serve_app.views import (
     AdapterList,
     AdapterView,
@@ -32,6 +32,7 @@ from serve_app.views import (
 )
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+_START_S = 120.0  # the adapter is fetched and packed, and its probes are looked for
 
 
 T = TypeVar("T")
@@ -116,35 +117,63 @@ class HotswapClient:
         return self._ask(RolloutView, "GET", f"/admin/rollouts/{quote(id, safe='')}")
 
     def start(
+        self, plan: Plan, *, expected_generation: int | None = None, key: str | None = None
+    ) -> RolloutView:
+        """Ask for a rollout. The plan's `adapter` is resolved by the server, in its directory.
+
+        `expected_generation`: refused when the fleet's is another one. `key`: the caller's own name
+        for this request; asking again with it, after a lost answer, finds the same rollout.
+        """
+        body = plan.model_dump(mode="json", exclude_unset=True)
+        return self._control(
+            "/admin/rollouts", expected_generation, key, body=body, timeout_s=_START_S
+        )
+
+    def promote(
+        self,
+        id: str,
+        *,
+        full: bool = False,
+        expected_generation: int | None = None,
+        key: str | None = None,
+    ) -> RolloutView:
+        """Leave the current step, whatever is measured; `full`: every step that is left."""
+        path = f"/admin/rollouts/{quote(id, safe='')}/promote"
+        return self._control(path, expected_generation, key, full=full or None)
+
+    def abort(
+        self, id: str, *, expected_generation: int | None = None, key: str | None = None
+    ) -> RolloutView:
+        """Send every replica back to the stable revision."""
+        return self._verb(id, "abort", expected_generation, key)
+
+    def pause(
+        self, id: str, *, expected_generation: int | None = None, key: str | None = None
+    ) -> RolloutView:
+        """Stay in the current step until `resume`."""
+        return self._verb(id, "pause", expected_generation, key)
+
+    def resume(
+        self, id: str, *, expected_generation: int | None = None, key: str | None = None
+    ) -> RolloutView:
+        """Go on after `pause`."""
+        return self._verb(id, "resume", expected_generation, key)
+
+    def retry(
+        self, id: str, *, expected_generation: int | None = None, key: str | None = None
+    ) -> RolloutView:
+        """Try again what failed: from its step when it is paused, from its start when it ended."""
+        return self._verb(id, "retry", expected_generation, key)
+
+    def undo(
         self,
         *,
-        adapter: str,
-        name: str | None = None,
-        strategy: Strategy = "rolling",
-        max_unavailable: int = 1,
-        in_flight: InFlight | None = None,
-        progress_deadline_s: float | None = None,
+        to: str | None = None,
+        expected_generation: int | None = None,
+        key: str | None = None,
     ) -> RolloutView:
-        """Ask for a rollout. `adapter` is resolved by the server, in the server's directory.
-
-        `in_flight`: whether running requests are waited for (drain) or finish on the old revision
-        beside the new ones (overlap). None: overlap where the fleet can.
-        """
-        asked: dict[str, object] = {
-            "adapter": adapter,
-            "name": name,
-            "strategy": strategy,
-            "max_unavailable": max_unavailable,
-            "in_flight": in_flight,
-            "progress_deadline_s": progress_deadline_s,
-        }
-        return self._ask(RolloutView, "POST", "/admin/rollouts", body=_said(asked))
-
-    def abort(self, id: str) -> RolloutView:
-        return self._ask(RolloutView, "POST", f"/admin/rollouts/{quote(id, safe='')}/abort")
-
-    def undo(self) -> RolloutView:
-        return self._ask(RolloutView, "POST", "/admin/undo")
+        """Abort what runs, else go back to the revision before; `to`: to that earlier one."""
+        return self._control("/admin/undo", expected_generation, key, to=to)
 
     def adapters(self) -> AdapterList:
         """What every replica serves for requests that name it, and the fleet's generation."""
@@ -236,6 +265,27 @@ class HotswapClient:
                     ) from error
             time.sleep(period_s)
 
+    def _verb(
+        self, id: str, verb: str, expected_generation: int | None, key: str | None
+    ) -> RolloutView:
+        path = f"/admin/rollouts/{quote(id, safe='')}/{verb}"
+        return self._control(path, expected_generation, key)
+
+    def _control(
+        self,
+        path: str,
+        expected_generation: int | None,
+        key: str | None,
+        *,
+        body: dict[str, object] | None = None,
+        timeout_s: float | None = None,
+        **query: object,
+    ) -> RolloutView:
+        asked = _said({"expected_generation": expected_generation} | query)
+        headers = {} if key is None else {"idempotency-key": key}
+        path = f"{path}?{urlencode(asked)}" if asked else path
+        return self._ask(RolloutView, "POST", path, body=body, headers=headers, timeout_s=timeout_s)
+
     def _ask(
         self,
         view: type[V],
@@ -243,11 +293,14 @@ class HotswapClient:
         path: str,
         *,
         body: dict[str, object] | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
         timeout_s: float | None = None,
     ) -> V:
         timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
         try:
-            response = self._http.request(method, path, json=body, timeout=timeout)
+            response = self._http.request(
+                method, path, json=body, headers=dict(headers), timeout=timeout
+            )
         except httpx.RequestError as error:
             raise ServerUnreachable(self.base_url, _why(error, method)) from error
         if not response.is_success:

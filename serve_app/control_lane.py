@@ -8,10 +8,11 @@ image that only others need, and what fails beside the default is told and tried
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import ObjectLostError
@@ -21,6 +22,7 @@ from hotswap_lib import Layout, Revision
 from .engine import Cutover, Engine
 from .messages import Answer, Report, key
 from .rollout.state import Desired, Failure
+from .router import stats
 from .staging import Brought, Staging
 from .views import StartView, SwapView
 
@@ -89,6 +91,7 @@ class ControlLane:
         while True:
             self._changed.clear()
             asking = asyncio.create_task(self._controller.report(self._report()))
+            asking.add_done_callback(_heard)
             news = asyncio.create_task(self._changed.wait())
             try:
                 # a change here must be told at once; the newer report ends the older one
@@ -118,6 +121,7 @@ class ControlLane:
         if self._cutting_over != (want.hold, want.in_flight):
             await self._stop_work()
         self._acting_on, self._answer = want, answer
+        self._engine.go_by(want.traffic)
         self._refused.clear()  # those that are still wanted are tried again now
         if self._work is None:
             self._work = asyncio.create_task(self._make_so())
@@ -150,6 +154,18 @@ class ControlLane:
             admits=engine.admission.is_open,
             lanes=engine.lanes(),
             start=self._start,
+            trial=engine.ledger.trial,
+            tallies=copy.deepcopy(engine.ledger.tallies),
+        )
+
+    def routing_stats(self) -> dict[str, Any]:
+        """For those who route requests (`serve_app.router`)."""
+        want = self._acting_on
+        return stats(
+            epoch=want.epoch if want else 0,
+            generation=want.generation if want else 0,
+            serves=[key(revision) for revision in self._engine.serves],
+            traffic=self._engine.traffic,
         )
 
     def _staged(self) -> Revision | None:
@@ -261,6 +277,12 @@ class ControlLane:
         logger.warning(f"{name}: {reason}")
         self._refused[name] = self._failed(name, reason)
         self._staging.forget(name)
+
+
+def _heard(asking: asyncio.Task[Answer]) -> None:
+    """Nobody waits for a report that a newer one has replaced, whatever became of it."""
+    if not asking.cancelled():
+        asking.exception()
 
 
 def _swap_view(brought: Brought, cutover: Cutover, *, in_flight: str) -> SwapView:

@@ -1,8 +1,8 @@
 """The controller: exactly one, it decides what the fleet holds.
 
-A Serve deployment with one replica, so Serve restarts it when it dies. What users ask for is here;
-`serve_app.dispatch` hears the replicas and answers them. It never calls a replica. A restarted
-controller reads the journal and waits to hear what the replicas hold.
+A Serve deployment with one replica, so Serve restarts it when it dies. What users ask of rollouts
+is in `serve_app.steering`; `serve_app.dispatch` hears the replicas and answers them. It never calls
+a replica. A restarted controller reads the journal and waits to hear what the replicas hold.
 """
 
 from __future__ import annotations
@@ -15,64 +15,31 @@ from dataclasses import replace
 import ray
 from ray import serve
 
-from hotswap_lib import BASE, Adapter, Revision, load_adapter
+from hotswap_lib import BASE, Adapter, load_adapter
 
-from .dispatch import Dispatch
-from .fleet_view import fleet_view, rollout_view
+from .analyst import Analyst, Probing, RayProbes
+from .dispatch import GRACE_S, digests
+from .fleet_view import fleet_view
 from .images import Put
-from .messages import from_key, key
-from .rollout.events import AbortRequested, Asked
-from .rollout.machine import restored
-from .rollout.plan import InFlight, Plan
-from .rollout.state import Fleet, Rollout, State
+from .intent import known
+from .journal import Entry, JournalUnreadable
+from .messages import from_key
+from .messages import key as as_key
+from .refusals import FleetNotReady
+from .rollout.recovery import restored
+from .rollout.state import Fleet, State
+from .rollout.walk import to
 from .settings import Settings
 from .state_dir import default_state_uri
+from .steering import Steering
 from .tenants import Tenants
-from .views import AdapterView, FleetView, RolloutView
+from .views import AdapterView, FleetView
 
 logger = logging.getLogger("ray.serve")
 _LOAD_S = 60.0
 
 
-class NoSuchRollout(Exception):
-    code = "rollout_not_found"
-
-    def __init__(self, id: str) -> None:
-        super().__init__(id)
-        self.id = id
-
-    def __str__(self) -> str:
-        return f"there is no rollout {self.id!r}"
-
-
-class NothingToUndo(Exception):
-    code = "nothing_to_undo"
-
-    def __str__(self) -> str:
-        return "there is no earlier revision to go back to"
-
-
-class FleetNotReady(Exception):
-    code = "fleet_not_ready"
-
-    def __str__(self) -> str:
-        return "no replica has reported yet, so no adapter can be checked against the fleet"
-
-
-class PlanImpossible(Exception):
-    """This fleet cannot do what the plan says; nothing has changed."""
-
-    code = "plan_impossible"
-
-    def __init__(self, why: str) -> None:
-        super().__init__(why)
-        self.why = why
-
-    def __str__(self) -> str:
-        return f"the plan is impossible here: {self.why}"
-
-
-class Controller(Dispatch):
+class Controller(Steering):
     """The logic, apart from Ray Serve's wrapper below, so that tests can hold it in hand."""
 
     def __init__(
@@ -82,8 +49,19 @@ class Controller(Dispatch):
         state_uri: str,
         put: Put = ray.put,
         load_timeout_s: float = _LOAD_S,
+        probing: Probing | None = None,
+        grace_s: float = GRACE_S,
     ) -> None:
-        super().__init__(settings, state_uri=state_uri, put=put)
+        super().__init__(settings, state_uri=state_uri, put=put, grace_s=grace_s)
+        self._probing = probing or RayProbes("default")
+        self._analyst = Analyst(
+            self._trial,
+            fleet=lambda: self._fleet,
+            fresh=self._fresh,
+            feed=self._feed,
+            probing=self._probing,
+        )
+        self._warnings: list[str] = []
         self._tenants = Tenants(
             self._intent, self._reports, self._shelf, feed=self._feed, timeout_s=load_timeout_s
         )
@@ -91,73 +69,42 @@ class Controller(Dispatch):
 
     async def start(self) -> None:
         """Resume from the journal, or begin with the declared adapter. Raises `AdapterRefused`."""
-        entry = await asyncio.to_thread(self._journal.read)
+        entry = await self._read()
+        # what may fail comes first: from its claim on, a controller takes the place of the other
+        declared = None if self._resumes(entry) else await self._declared()
+        before = 0 if entry is None else entry.fleet.epoch
+        epoch = await asyncio.to_thread(self._journal.claim, after=before)
+        entry = await self._read() or entry  # what the other one had decided until then
         if entry is not None:
-            self._intent.sources = entry.sources
-        # the declared adapter wins only when someone changed it since the journal was written
-        if entry is not None and entry.declared == self._settings.adapter:
+            self._intent.sources = {**entry.sources, **self._intent.sources}
+            self._intent.decided = True
+            self._kept = digests(known(entry.fleet))
+        if entry is not None and self._resumes(entry):
             fleet = restored(entry.fleet, at=time.time())
-            logger.info(f"resumed epoch {fleet.epoch}, stable {from_key(fleet.stable)}")
+            logger.info(f"resumed as epoch {epoch}, stable {from_key(fleet.stable)}")
         else:
-            fleet = await self._declared()
-            if entry is not None:  # which says what nobody has to name, not what else is loaded
-                fleet = replace(fleet, epoch=entry.fleet.epoch + 1, loaded=entry.fleet.loaded)
-        await self._intent.write(fleet)
+            fleet = declared or await self._declared()
+            if entry is not None:
+                fleet = _declared_over(entry.fleet, fleet, at=time.time())
+        await self._intent.write(replace(fleet, epoch=epoch))
         self._ticker = asyncio.create_task(self._tick())
+
+    async def close(self) -> None:
+        """Decide nothing any more; what is written is written."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.wait([self._ticker])
+        await self._analyst.close()
+
+    def check_health(self) -> None:
+        """Serve replaces a controller that another one has replaced already."""
+        self._check_fenced()
 
     # ---- users ------------------------------------------------------------------------------
 
-    async def start_rollout(self, plan: Plan | dict[str, object]) -> RolloutView:
-        """Check the adapter, then begin.
-
-        Raises, before anything has changed:
-            PlanImpossible: this fleet cannot do what the plan says.
-            FleetNotReady: no replica is there to check the adapter for.
-            AdapterRefused: no replica could hold it.
-        """
-        plan = plan if isinstance(plan, Plan) else Plan.model_validate(plan)
-        self._in_flight(plan)
-        if not self._fleet.observed:
-            raise FleetNotReady
-        if plan.adapter == BASE.name:
-            revision = BASE
-        else:
-            adapter = await asyncio.to_thread(load_adapter, plan.adapter, name=plan.name)
-            revision = await self._shelf.accept(adapter)
-        return await self._begin(plan, revision)
-
-    async def undo(self) -> RolloutView:
-        """Abort what runs; else roll back to the stable revision before this one."""
-        if (running := self._fleet.running) is not None:
-            return await self.abort(running.id, reason="undone")
-        earlier = [name for name in self._fleet.history if name != self._fleet.stable]
-        if not earlier:
-            raise NothingToUndo
-        revision = from_key(earlier[-1])
-        for fingerprint in {report.layout for report in self._reports.last().values()}:
-            await self._shelf.get(revision, fingerprint)  # refuse now, not on the replicas
-        plan = Plan(
-            adapter=self._intent.sources.get(earlier[-1], revision.name),
-            name=revision.name,
-            in_flight=self._way_here(),
-        )
-        return await self._begin(plan, revision)
-
-    async def abort(self, id: str, reason: str = "aborted by request") -> RolloutView:
-        """Send every replica back to stable; does nothing when the rollout has ended."""
-        self._find(id)
-        if (running := self._fleet.running) is not None and running.id == id:
-            await self._feed(AbortRequested(reason=reason, at=time.time()))
-        return await self.rollout(id)
-
-    async def rollout(self, id: str) -> RolloutView:
-        return rollout_view(self._fleet, self._find(id))
-
-    async def rollouts(self) -> list[RolloutView]:
-        return [rollout_view(self._fleet, one) for one in reversed(self._all())]
-
     async def fleet(self) -> FleetView:
-        warnings = []
+        self._check_fenced()
+        warnings = list(self._warnings)
         if self._settings.state_uri is None:
             warnings.append(
                 "the journal is on this node's disk and does not survive it: set state_uri"
@@ -167,6 +114,7 @@ class Controller(Dispatch):
             self._reports.last(),
             journal_uri=self._journal.uri,
             warnings=warnings,
+            latest=self._analyst.latest,
             at=time.time(),
         )
 
@@ -214,24 +162,24 @@ class Controller(Dispatch):
 
     async def adapters(self) -> list[AdapterView]:
         """What is loaded beside the default, in the order in which it was loaded."""
+        self._check_fenced()
         return self._tenants.views()
 
     # ---- inside -----------------------------------------------------------------------------
 
-    def _in_flight(self, plan: Plan) -> InFlight:
-        """What happens to running requests. Raises `PlanImpossible`."""
-        # what does not generate keeps nothing of a request between two steps
-        can_overlap = self._settings.task in ("embed", "classify") or self._settings.lanes >= 2
-        if plan.in_flight == "overlap" and not can_overlap:
-            raise PlanImpossible("in_flight='overlap' needs two lanes, and the fleet has lanes=1")
-        return plan.in_flight or ("overlap" if can_overlap else "drain")
+    async def _read(self) -> Entry | None:
+        """The journal. One that cannot be read is put aside: the replicas know what they hold."""
+        try:
+            return await asyncio.to_thread(self._journal.read)
+        except JournalUnreadable as error:
+            aside = await asyncio.to_thread(self._journal.set_aside)
+            self._warnings.append(f"{error}; it is now at {aside}")
+            logger.warning(self._warnings[-1])
+            return None
 
-    def _way_here(self) -> InFlight | None:
-        """The policy of the rollout that an undo takes back; None: whatever the fleet can."""
-        for rollout in reversed(self._all()):
-            if rollout.state is State.SUCCEEDED:
-                return "drain" if rollout.plan.in_flight == "drain" else None
-        return None
+    def _resumes(self, entry: Entry | None) -> bool:
+        """The declared adapter wins only when someone changed it since the journal was written."""
+        return entry is not None and entry.declared == self._settings.adapter
 
     async def _declared(self) -> Fleet:
         source = self._settings.adapter
@@ -241,32 +189,34 @@ class Controller(Dispatch):
             load_adapter, source, name=self._settings.adapter_name
         )
         await asyncio.to_thread(self._store.keep, adapter)
-        stable = key(adapter.revision)
+        stable = as_key(adapter.revision)
         self._intent.sources[stable] = source
-        return replace(self._fleet, stable=stable, history=(key(BASE), stable))
+        return replace(self._fleet, stable=stable, history=(as_key(BASE), stable))
 
-    async def _begin(self, plan: Plan, revision: Revision) -> RolloutView:
-        plan = plan.model_copy(update={"in_flight": self._in_flight(plan)})
-        self._intent.sources[key(revision)] = plan.adapter
-        await self._feed(Asked(plan=plan, target=key(revision), at=time.time()))
-        assert self._fleet.rollout is not None
-        return rollout_view(self._fleet, self._fleet.rollout)
+    async def _look(self, *, at: float) -> None:
+        await super()._look(at=at)
+        self._analyst.tick(at=at)
 
-    def _all(self) -> list[Rollout]:
-        last = self._fleet.rollout
-        return [*self._fleet.past, *([] if last is None else [last])]
 
-    def _find(self, id: str) -> Rollout:
-        for one in self._all():
-            if one.id == id:
-                return one
-        raise NoSuchRollout(id)
+def _declared_over(before: Fleet, declared: Fleet, *, at: float) -> Fleet:
+    """A deploy says what is stable now; not what else is loaded, nor what has been until now."""
+    if before.running is not None:
+        before = to(before, State.SUPERSEDED, at=at, reason="a deploy declared another adapter")
+    last = () if before.rollout is None else (before.rollout,)
+    return replace(
+        declared,
+        loaded=before.loaded,
+        rollouts=before.rollouts,
+        past=(*before.past, *last),
+        keys=before.keys,
+    )
 
 
 class RolloutController(Controller):
     """The deployment; scripts reach it with `get_deployment_handle("RolloutController", app)`."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
-        uri = settings.state_uri or default_state_uri(serve.get_replica_context().app_name)
-        super().__init__(settings, state_uri=uri)
+        app = serve.get_replica_context().app_name
+        uri = settings.state_uri or default_state_uri(app)
+        super().__init__(settings, state_uri=uri, probing=RayProbes(app))
         await self.start()

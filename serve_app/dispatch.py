@@ -9,39 +9,50 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Coroutine, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from hotswap_lib import HotswapError, Layout
 
 from .images import AdapterStore, ImageShelf, ImageUnavailable, Put
-from .intent import Intent
-from .journal import Journal
+from .intent import Check, Intent, known
+from .journal import Fenced, Journal
 from .messages import Answer, Report, from_key, key
 from .open_reports import OpenReport, OpenReports
-from .rollout.events import Event, Left, Reported, Ticked
-from .rollout.machine import desired, silent
-from .rollout.state import Desired, Fleet
+from .rollout.events import Event, Heard, Left, Reported, Ticked
+from .rollout.machine import Documents, desired, silent
+from .rollout.state import Desired, Failure, Fleet
 from .settings import Settings
+from .trial import Trial
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
 _TICK_S = 0.25
+GRACE_S = 300.0  # longer than anything that brings an adapter back takes to fail
 
 
 class Dispatch:
     """What replicas call, over one intent and one shelf of images. For one event loop."""
 
-    def __init__(self, settings: Settings, *, state_uri: str, put: Put) -> None:
+    def __init__(
+        self, settings: Settings, *, state_uri: str, put: Put, grace_s: float = GRACE_S
+    ) -> None:
         self._settings = settings
         self._journal = Journal(state_uri)
         self._store = AdapterStore(state_uri)
         self._shelf = ImageShelf(self._store, put=put)
         self._intent = Intent(self._journal, declared=settings.adapter)
         self._reports = OpenReports()
+        self._trial = Trial()
+        self._fenced: Fenced | None = None
+        self._inbox: _Inbox | None = None
+        self._deciding = asyncio.Lock()
         self._under_way: set[asyncio.Task[Any]] = set()
+        self._grace_s = grace_s
+        self._kept: set[str] = set()  # digests of adapters that somebody could name
+        self._forgotten: dict[str, float] = {}  # digest → since when nobody can
 
     @property
     def _fleet(self) -> Fleet:
@@ -54,19 +65,22 @@ class Dispatch:
 
     async def report(self, report: Report) -> Answer:
         """Hear what a replica holds; answer when what it shall hold changes, or after `poll_s`."""
+        self._check_fenced()
         if not self._shelf.knows(report.layout):
             return Answer(introduce=True)
         line = self._reports.open(report)
-        if report.acting_on is not None:
-            await self._intent.outrank(report.acting_on.epoch)
-        await self._feed(
+        self._trial.hear(report)
+        if report.acting_on is not None and not self._intent.knows(report.acting_on):
+            await self._see_through(self._learn())
+        await self._hear(
             Reported(
                 replica=report.replica,
                 holds=key(report.holds),
                 staged=None if report.staged is None else key(report.staged),
                 serving=report.serving,
-                failure=report.failure,
+                failure=report.failure or self._of_canary(report),
                 beside=tuple(map(key, report.beside)),
+                traffic=None if report.acting_on is None else report.acting_on.traffic,
                 at=time.time(),
             )
         )
@@ -74,15 +88,20 @@ class Dispatch:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.poll_s):
                     await line.changed.wait()
+        self._check_fenced()
         want = desired(self._fleet, report.replica)
         # it could not do what it shall: have it try again, at the pace of its reports
         if not self._has_news(line) and not _failed(report, want):
             return Answer()
         line.told = want
-        return await self._with_images(want, report.layout)
+        named = {name: self._intent.sources.get(name) for name in (want.stable, *want.loaded)}
+        sources = tuple((name, where) for name, where in named.items() if where is not None)
+        return await self._with_images(replace(want, sources=sources), report.layout)
 
     async def leave(self, replica: str) -> None:
         """A replica stops on purpose; nobody needs to wait for its silence."""
+        if self._inbox is not None:  # what it said before comes too late to bring it back
+            self._inbox.reports = [one for one in self._inbox.reports if one.replica != replica]
         if replica in self._fleet.observed:
             await self._feed(Left(replica=replica, at=time.time()))
 
@@ -107,34 +126,121 @@ class Dispatch:
 
     async def _see_through(self, work: Coroutine[Any, Any, T]) -> T:
         """To the end, also when the caller goes away in the middle of it."""
+        return await asyncio.shield(self._begin_work(work))
+
+    def _begin_work(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
-        self._under_way.add(task)
+        self._under_way.add(task)  # the event loop alone would let go of it
         task.add_done_callback(self._under_way.discard)
-        return await asyncio.shield(task)
+        return task
 
-    async def _feed(self, event: Event) -> None:
-        await self._see_through(self._decide(event))
+    async def _hear(self, event: Reported) -> None:
+        """Decide upon it, together with the others that come until the decision is begun."""
+        if self._inbox is None:
+            self._inbox = _Inbox([], self._begin_work(self._empty_inbox()))
+        self._inbox.reports.append(event)
+        await asyncio.shield(self._inbox.read)
 
-    async def _decide(self, event: Event) -> None:
+    async def _empty_inbox(self) -> None:
+        async with self._deciding:  # while a decision is written down, more reports come
+            inbox, self._inbox = self._inbox, None
+            assert inbox is not None
+            await self._decide(Heard(reports=tuple(inbox.reports), at=time.time()))
+
+    async def _feed(self, event: Event, *, check: Check | None = None) -> None:
+        await self._see_through(self._decide(event, check=check))
+
+    async def _learn(self) -> None:
+        """A replica acts on what another controller has decided, or one whose journal is lost."""
+        documents = {
+            name: report.acting_on
+            for name, report in self._reports.last().items()
+            if report.acting_on is not None
+        }
+        with self._leaving_if_fenced():
+            learnt = await self._intent.learn(documents)
+        if learnt:
+            self._reports.ring()
+
+    @contextmanager
+    def _leaving_if_fenced(self) -> Iterator[None]:
+        """Whoever was replaced answers nobody, so that replicas and users find the other one."""
+        try:
+            yield
+        except Fenced as fenced:
+            logger.warning(str(fenced))
+            self._fenced = fenced
+            self._reports.ring()
+            raise
+
+    async def _fresh(self, timeout_s: float) -> None:
+        """Have every replica report once more; whoever does not in time is not waited for."""
+        before = self._reports.of(self._fleet.observed)
+        self._reports.ring()
+
+        def heard() -> bool:
+            now = self._reports.of(before)
+            return all(now[name] is not line for name, line in before.items())
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._reports.until(heard)
+
+    def _check_fenced(self) -> None:
+        if self._fenced is not None:
+            raise self._fenced.with_traceback(None)
+
+    async def _decide(self, event: Event, *, check: Check | None = None) -> None:
         """Advance, journal when the intent changed, then ring the replicas that it concerns."""
-        after = await self._intent.decide(event)
+        self._check_fenced()
+        with self._leaving_if_fenced():
+            after = await self._intent.decide(event, check=check)
         self._shelf.keep_only(self._intent.needed())
+        self._forget(at=event.at)
+        documents = Documents(after)
         for name, line in self._reports.items():
             observed = after.observed.get(name)
             # gone, or sent out and called back before it heard of either: have it say where it is
-            if self._has_news(line) or observed is None or observed.outdated:
+            if _is_news(line, documents.of(name)) or observed is None or observed.outdated:
                 line.changed.set()
         if isinstance(event, Left):
             self._reports.close(event.replica)
         self._reports.wake()
 
+    def _forget(self, *, at: float) -> None:
+        """Have the kept adapters deleted that nobody can name any more, but not at once.
+
+        A replacement that fails brings back what it replaced, and whoever asks for a rollout has
+        its adapter kept a while before anybody can name it.
+        """
+        before, self._kept = self._kept, digests(known(self._fleet))
+        self._forgotten |= dict.fromkeys(before - self._kept, at)
+
+    def _drop_forgotten(self, *, at: float) -> None:
+        due = {name for name, since in self._forgotten.items() if at - since >= self._grace_s}
+        if due:
+            self._forgotten = {n: s for n, s in self._forgotten.items() if n not in due}
+            self._begin_work(asyncio.to_thread(self._drop, due))
+
+    def _drop(self, gone: set[str]) -> None:
+        try:
+            # as it is then: somebody may have asked for one of them again
+            self._store.drop(gone, unless=lambda: digests(known(self._fleet)))
+        except Exception as error:  # they only take up space
+            logger.warning(f"could not delete the adapters {sorted(gone)}: {error}")
+
+    def _of_canary(self, report: Report) -> Failure | None:
+        """Beside the default a canary fails a rollout; what else is refused there fails none."""
+        rollout = self._fleet.running
+        mine = [one for one in report.refused if rollout and one.revision == rollout.target]
+        return mine[0] if mine else None
+
     def _has_news(self, line: OpenReport) -> bool:
         """Whether the replica acts on something else than what it shall do."""
-        want, has = desired(self._fleet, line.report.replica), line.report.acting_on
-        return has is None or _content(has) != _content(want)
+        return _is_news(line, desired(self._fleet, line.report.replica))
 
     async def _tick(self) -> None:
-        while True:
+        while self._fenced is None:
             await asyncio.sleep(_TICK_S)
             try:
                 await self._look(at=time.time())
@@ -148,14 +254,35 @@ class Dispatch:
             await self._feed(Left(replica=replica, at=at))
         if self._fleet.running is not None:
             await self._feed(Ticked(at=at))
+        self._drop_forgotten(at=at)
+
+
+def digests(revisions: Iterable[str]) -> set[str]:
+    return {from_key(name).digest for name in revisions}
+
+
+@dataclass(slots=True)
+class _Inbox:
+    """Reports that wait to be decided upon, and the task that will."""
+
+    reports: list[Reported]
+    read: asyncio.Task[None]
+
+
+def _is_news(line: OpenReport, want: Desired) -> bool:
+    has = line.report.acting_on
+    if has is None or (has.epoch, has.generation) == (want.epoch, want.generation):
+        return has is None
+    return _content(has) != _content(want)
 
 
 def _content(want: Desired) -> Desired:
     """What a replica acts on; a new generation that changes nothing for it is no news."""
-    return replace(want, generation=0)
+    return replace(want, generation=0, sources=())
 
 
 def _failed(report: Report, want: Desired) -> bool:
-    """Whether something that it shall serve is missing because it could not bring it there."""
+    """Whether something that it shall have is missing because it could not bring it there."""
     failures = [*report.refused, *([] if report.failure is None else [report.failure])]
-    return any(failure.revision in (want.hold, *want.beside) for failure in failures)
+    wanted = (want.hold, want.stage, *want.beside)
+    return any(failure.revision in wanted for failure in failures)

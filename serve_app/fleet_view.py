@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from .messages import Report, from_key
-from .rollout.machine import progress
-from .rollout.state import Fleet, Rollout
-from .views import FleetView, ReplicaView, RolloutView
+from .rollout.analysis import Verdict
+from .rollout.machine import traffic
+from .rollout.state import Fleet, Rollout, State
+from .rollout.walk import progress
+from .views import (
+    CanaryView,
+    FleetView,
+    MeasurementView,
+    ReplicaView,
+    RolloutView,
+    VerdictView,
+)
 
 
-def rollout_view(fleet: Fleet, rollout: Rollout) -> RolloutView:
+def rollout_view(fleet: Fleet, rollout: Rollout, *, latest: Verdict | None = None) -> RolloutView:
+    """`latest`: what the analysis saw last of the running one."""
     done = progress(fleet, rollout)
     took_s = None if rollout.ended_at is None else rollout.ended_at - rollout.created_at
     return RolloutView(
@@ -22,13 +33,44 @@ def rollout_view(fleet: Fleet, rollout: Rollout) -> RolloutView:
         max_unavailable=rollout.plan.max_unavailable,
         in_flight=rollout.plan.in_flight,
         state=rollout.state,
-        reason=rollout.reason,
+        reason=rollout.reason or None,
+        canary=_canary_view(fleet, rollout, latest),
         total=done.total,
         staged=done.staged,
         committed=done.committed,
         created_at=rollout.created_at,
         ended_at=rollout.ended_at,
         converge_ms=None if took_s is None else round(took_s * 1000, 3),
+    )
+
+
+def _canary_view(fleet: Fleet, rollout: Rollout, latest: Verdict | None) -> CanaryView | None:
+    plan = rollout.plan
+    if plan.strategy != "canary":
+        return None
+    running = fleet.running is rollout
+    now = traffic(fleet) if running else None
+    return CanaryView(
+        placement=plan.placement or "shared",
+        step=rollout.step,
+        steps=[step.weight for step in plan.steps],
+        weight=100.0 if rollout.state is State.SUCCEEDED else 0.0 if now is None else now.weight,
+        pause=rollout.pause,
+        hold_until=rollout.hold_until if running else None,
+        verdicts=[_verdict_view(verdict) for verdict in rollout.verdicts],
+        latest=_verdict_view(latest) if running and latest is not None else None,
+    )
+
+
+def _verdict_view(verdict: Verdict) -> VerdictView:
+    return VerdictView(
+        step=verdict.step,
+        weight=verdict.weight,
+        outcome=verdict.outcome,
+        at=verdict.at,
+        share=verdict.share,
+        requests=verdict.requests,
+        measurements=[MeasurementView(**asdict(each)) for each in verdict.measurements],
     )
 
 
@@ -39,6 +81,7 @@ def fleet_view(
     journal_uri: str,
     warnings: list[str],
     at: float,
+    latest: Verdict | None = None,
 ) -> FleetView:
     return FleetView(
         ready=any(
@@ -49,7 +92,9 @@ def fleet_view(
         generation=fleet.generation,
         stable=_short(fleet.stable),
         loaded=[_short(name) for name in fleet.loaded],
-        rollout=None if fleet.running is None else rollout_view(fleet, fleet.running),
+        rollout=None
+        if fleet.running is None
+        else rollout_view(fleet, fleet.running, latest=latest),
         replicas=[
             _replica_view(fleet, name, reports.get(name), at=at) for name in sorted(fleet.observed)
         ],

@@ -10,14 +10,15 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import quote, unquote
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from .body_limit import BodyLimit
@@ -33,6 +34,7 @@ from .documents import (
     answered,
     with_chunks,
 )
+from .engine import EngineStopped
 from .http_errors import ERRORS, NotAuthorized, describe, documented, install_error_handlers
 from .json_body import JsonRoute
 from .openai import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest
@@ -59,8 +61,36 @@ Pin = Annotated[
         description="the revision to run on; percent-encoded where it is not ASCII",
     ),
 ]
+Session = Annotated[
+    str | None,
+    Header(
+        alias="x-session-id",
+        min_length=1,
+        max_length=1024,
+        description="requests of one session stay on one side of a canary; else `user` is taken",
+    ),
+]
+Expected = Annotated[
+    int | None,
+    Query(
+        alias="expected_generation",
+        description="refuse with 409 when the fleet's generation is another one",
+    ),
+]
+Key = Annotated[
+    str | None,
+    Header(
+        alias="idempotency-key",
+        min_length=1,
+        max_length=256,
+        description="your own name for this request; a second one with it changes nothing",
+    ),
+]
 _PLAIN = "!\"#$&'()*+,/:;<=>?@[\\]^`{|}"  # stays as it is in a header; % does not
 _HEALTH_S = 5.0
+_ATTEMPTS = 3  # replicas that die with the same request may do so because of it
+_REPLICA_DIED = (RayActorError, ActorUnavailableError, EngineStopped)
+T = TypeVar("T")
 _Request = ChatRequest | CompletionRequest | EmbeddingRequest | ClassifyRequest
 _STREAM = {"x-accel-buffering": "no", "cache-control": "no-cache"}
 
@@ -130,7 +160,9 @@ class Gateway:
         router.get("/rollouts")(self.rollouts)
         router.get("/rollouts/{id}", responses=documented(404))(self.rollout)
         router.post("/rollouts", status_code=201, responses=body)(self.start)
-        router.post("/rollouts/{id}/abort", responses=documented(404))(self.abort)
+        for verb in (self.promote, self.abort, self.pause, self.resume, self.retry):
+            path = f"/rollouts/{{id}}/{verb.__name__}"
+            router.post(path, responses=documented(404, 409))(verb)
         router.post("/undo", status_code=201, responses=documented(409))(self.undo)
         return router
 
@@ -147,21 +179,29 @@ class Gateway:
 
     # ---- inference --------------------------------------------------------------------------
 
-    async def chat(self, request: ChatRequest, pin: Pin = None) -> Response:
+    async def chat(
+        self, request: ChatRequest, pin: Pin = None, session: Session = None
+    ) -> Response:
         if request.stream:
-            return await self._stream(request, pin)
-        return await self._whole(self._model.chat, request, pin)
+            return await self._stream(request, pin, session)
+        return await self._whole(self._model.chat, request, pin, session)
 
-    async def complete(self, request: CompletionRequest, pin: Pin = None) -> Response:
+    async def complete(
+        self, request: CompletionRequest, pin: Pin = None, session: Session = None
+    ) -> Response:
         if request.stream:
-            return await self._stream(request, pin)
-        return await self._whole(self._model.complete, request, pin)
+            return await self._stream(request, pin, session)
+        return await self._whole(self._model.complete, request, pin, session)
 
-    async def embeddings(self, request: EmbeddingRequest, pin: Pin = None) -> Response:
-        return await self._whole(self._model.embeddings, request, pin)
+    async def embeddings(
+        self, request: EmbeddingRequest, pin: Pin = None, session: Session = None
+    ) -> Response:
+        return await self._whole(self._model.embeddings, request, pin, session)
 
-    async def classify(self, request: ClassifyRequest, pin: Pin = None) -> Response:
-        return await self._whole(self._model.classify, request, pin)
+    async def classify(
+        self, request: ClassifyRequest, pin: Pin = None, session: Session = None
+    ) -> Response:
+        return await self._whole(self._model.classify, request, pin, session)
 
     async def models(self) -> dict[str, Any]:
         """The base model's name, and every revision that is live now, as a name to ask for."""
@@ -196,14 +236,53 @@ class Gateway:
     async def rollout(self, id: str) -> RolloutView:
         return await self._controller.rollout.remote(id)  # type: ignore[no-any-return]
 
-    async def start(self, plan: Plan) -> RolloutView:
-        return await self._controller.start_rollout.remote(plan)  # type: ignore[no-any-return]
+    async def start(self, plan: Plan, expected: Expected = None, key: Key = None) -> RolloutView:
+        return await self._controller.start_rollout.remote(  # type: ignore[no-any-return]
+            plan, expected_generation=expected, key=key
+        )
 
-    async def abort(self, id: str) -> RolloutView:
-        return await self._controller.abort.remote(id)  # type: ignore[no-any-return]
+    async def promote(
+        self,
+        id: str,
+        full: Annotated[bool, Query(description="every step that is left, not one")] = False,
+        expected: Expected = None,
+        key: Key = None,
+    ) -> RolloutView:
+        return await self._controller.promote.remote(  # type: ignore[no-any-return]
+            id, full=full, expected_generation=expected, key=key
+        )
 
-    async def undo(self) -> RolloutView:
-        return await self._controller.undo.remote()  # type: ignore[no-any-return]
+    async def abort(self, id: str, expected: Expected = None, key: Key = None) -> RolloutView:
+        return await self._controller.abort.remote(  # type: ignore[no-any-return]
+            id, expected_generation=expected, key=key
+        )
+
+    async def pause(self, id: str, expected: Expected = None, key: Key = None) -> RolloutView:
+        return await self._controller.pause.remote(  # type: ignore[no-any-return]
+            id, expected_generation=expected, key=key
+        )
+
+    async def resume(self, id: str, expected: Expected = None, key: Key = None) -> RolloutView:
+        return await self._controller.resume.remote(  # type: ignore[no-any-return]
+            id, expected_generation=expected, key=key
+        )
+
+    async def retry(self, id: str, expected: Expected = None, key: Key = None) -> RolloutView:
+        return await self._controller.retry.remote(  # type: ignore[no-any-return]
+            id, expected_generation=expected, key=key
+        )
+
+    async def undo(
+        self,
+        to: Annotated[
+            str | None, Query(min_length=1, description="an earlier revision; else the last one")
+        ] = None,
+        expected: Expected = None,
+        key: Key = None,
+    ) -> RolloutView:
+        return await self._controller.undo.remote(  # type: ignore[no-any-return]
+            to=to, expected_generation=expected, key=key
+        )
 
     async def load_adapter(self, body: LoadAdapter) -> AdapterView:
         return await self._controller.load_adapter.remote(  # type: ignore[no-any-return]
@@ -233,22 +312,43 @@ class Gateway:
         if not secrets.compare_digest(word.encode(), token.encode()):
             raise NotAuthorized
 
-    async def _whole(self, method: Any, request: _Request, pin: str | None) -> Response:
-        await self._presence.expect()
-        call = method.remote(request, _decoded(pin))
-        document: dict[str, Any] = await self._presence.wait(call, call)
+    async def _whole(
+        self, method: Any, request: _Request, pin: str | None, session: str | None
+    ) -> Response:
+        async def ask() -> dict[str, Any]:
+            call = method.remote(request, _decoded(pin), session)
+            document: dict[str, Any] = await self._presence.wait(call, call)
+            return document
+
+        document = await self._survived(ask)
         return JSONResponse(document, headers=_headers(document))
 
-    async def _stream(self, request: ChatRequest | CompletionRequest, pin: str | None) -> Response:
-        await self._presence.expect()
-        chunks = self._model.options(stream=True).stream.remote(request, _decoded(pin))
+    async def _stream(
+        self, request: ChatRequest | CompletionRequest, pin: str | None, session: str | None
+    ) -> Response:
+        async def ask() -> tuple[dict[str, Any], Any]:
+            chunks = self._model.options(stream=True).stream.remote(request, _decoded(pin), session)
+            return await self._presence.wait(chunks, anext(aiter(chunks))), chunks
+
         # the first chunk before the first header: a refusal still gets its own status
-        first = await self._presence.wait(chunks, anext(aiter(chunks)))
+        first, chunks = await self._survived(ask)
         return StreamingResponse(
             _events(first, chunks),
             media_type="text/event-stream",
             headers=_headers(first) | _STREAM,
         )
+
+    async def _survived(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What `ask` gives; asked again when the replica died with it, for nothing was sent yet."""
+        for attempt in range(_ATTEMPTS):
+            await self._presence.expect()
+            try:
+                return await ask()
+            except _REPLICA_DIED as died:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                logger.warning(f"a replica died with a request ({type(died).__name__}); again")
+        raise AssertionError("the last attempt returns or raises")
 
 
 def _documentation(app: FastAPI) -> Callable[[], dict[str, Any]]:

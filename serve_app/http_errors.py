@@ -21,11 +21,13 @@ from starlette.routing import Match
 
 from hotswap_lib import AdapterRefused, HotswapError
 
-from .controller import FleetNotReady, NoSuchRollout, NothingToUndo, PlanImpossible
 from .engine import DeadlineExceeded, EngineStopped, GenerationFailed, RevisionNotServed
+from .journal import Fenced
 from .lanes import LanesTaken
 from .openai import RequestRefused
 from .presence import NobodyServes
+from .probes import ProbeInvalid
+from .refusals import FleetNotReady, KeyReused, NoSuchRollout, NothingToUndo, PlanImpossible
 from .rollout.state import GenerationMismatch, IllegalEvent
 from .tenants import (
     AdapterAlreadyLoaded,
@@ -48,6 +50,7 @@ class NotAuthorized(Exception):
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (AdapterRefused, 400),
     (PlanImpossible, 400),
+    (ProbeInvalid, 400),
     (NotAuthorized, 401),
     (NoSuchRollout, 404),
     (RevisionNotServed, 404),
@@ -56,11 +59,13 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (IllegalEvent, 409),
     (AdapterAlreadyLoaded, 409),
     (GenerationMismatch, 409),
+    (KeyReused, 409),
     (LanesTaken, 429),
     (HotswapError, 500),
     (AdapterLoadFailed, 500),
     (GenerationFailed, 500),
     (FleetNotReady, 503),
+    (Fenced, 503),
     (NobodyServes, 503),
     (EngineStopped, 503),
     (AdapterLoadTimeout, 504),

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 
 import fsspec
 import ray
@@ -63,6 +65,7 @@ class AdapterStore:
 
     def __init__(self, state_uri: str) -> None:
         self._root = f"{state_uri.rstrip('/')}/adapters"
+        self._busy = threading.Lock()  # an adapter may be wanted again while it is deleted
 
     def keep(self, adapter: Adapter) -> None:
         """Write the adapter unless these bytes are kept already."""
@@ -70,15 +73,30 @@ class AdapterStore:
         # an instance of its own: a transaction belongs to the instance, and threads share those
         fs, folder = fsspec.url_to_fs(folder, skip_instance_cache=True)
         weights = f"{folder}/adapter_model.safetensors"
-        if fs.exists(weights):
-            return
-        fs.makedirs(folder, exist_ok=True)
-        # the weights last: their presence says that the copy is whole
-        with fs.transaction:
-            with fs.open(f"{folder}/adapter_config.json", "wb") as file:
-                file.write(json.dumps(dict(adapter.config), default=list).encode())
-            with fs.open(weights, "wb") as file:
-                file.write(safetensors.torch.save(dict(adapter.tensors)))
+        with self._busy:
+            if fs.exists(weights):
+                return
+            fs.makedirs(folder, exist_ok=True)
+            # the weights last: their presence says that the copy is whole
+            with fs.transaction:
+                with fs.open(f"{folder}/adapter_config.json", "wb") as file:
+                    file.write(json.dumps(dict(adapter.config), default=list).encode())
+                with fs.open(weights, "wb") as file:
+                    file.write(safetensors.torch.save(dict(adapter.tensors)))
+
+    def drop(
+        self, digests: Collection[str], *, unless: Callable[[], Collection[str]] = tuple
+    ) -> None:
+        """Delete what is kept with these digests, except those that `unless` names by then."""
+        for digest in digests:
+            fs, folder = fsspec.url_to_fs(f"{self._root}/{digest}", skip_instance_cache=True)
+            with self._busy:
+                if digest in unless():
+                    continue
+                with suppress(FileNotFoundError):
+                    # the weights first: what is left of a copy must not look whole
+                    fs.rm_file(f"{folder}/adapter_model.safetensors")
+                    fs.rm(folder, recursive=True)
 
     def load(self, revision: Revision) -> Adapter:
         where = f"{self._root}/{revision.digest}"

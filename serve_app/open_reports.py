@@ -58,6 +58,11 @@ class OpenReports:
         """Those replicas with what they said; None for one that was not heard of yet."""
         return {name: self._reports.get(name) for name in replicas}
 
+    def ring(self) -> None:
+        """Answer every open report, so that each replica reports again."""
+        for line in self._reports.values():
+            line.changed.set()
+
     def wake(self) -> None:
         """Something was heard or decided: whoever waits looks again."""
         self._heard.set()

@@ -16,12 +16,26 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from serve_app.views import AdapterList, FleetView, ReplicaView, RolloutList, RolloutView
+from serve_app.views import (
+    AdapterList,
+    CanaryView,
+    FleetView,
+    ReplicaView,
+    RolloutList,
+    RolloutView,
+    VerdictView,
+)
 
 # Light enough for dark terminals, dark enough for light ones; red is left to failures.
 PALETTE = ("cyan", "magenta", "green", "yellow", "blue", "orange3", "purple", "turquoise4")
 STATE_STYLES = {"succeeded": "bold green", "aborting": "yellow", "aborted": "bold red"}
 STATE_STYLES |= {"failed": "bold red", "superseded": "bold yellow"}
+OUTCOME_STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow"}
+WAITS = {
+    "asked": "paused by request",
+    "step": "waits to be promoted",
+    "failure": "waits after a failure",
+}
 SHORT_ID = 6
 SHOWN_BESIDE = 8
 
@@ -88,6 +102,10 @@ def rollout_line(rollout: RolloutView) -> Text:
     )
     if rollout.converge_ms is not None and rollout.state == "succeeded":
         line.append(f"  in {_ms(rollout.converge_ms)}")
+    if rollout.canary is not None:
+        line.append(f"  {'  '.join(_canary_words(rollout, rollout.canary))}")
+        if (verdict := _verdict(rollout.canary)) is not None:
+            line.append("  ").append(_outcome(verdict.outcome))
     if rollout.reason:
         line.append(f"  ({_one_line(rollout.reason)})")
     return line
@@ -151,7 +169,43 @@ def _header(fleet: FleetView, rollout: RolloutView | None) -> RenderableType:
     if rollout:
         grid.add_row("rollout", Text.assemble((rollout.id, "bold"), "  ", _way(rollout)))
         grid.add_row("", _progress(rollout))
+        if rollout.canary is not None:
+            grid.add_row("canary", Text("  ".join(_canary_words(rollout, rollout.canary))))
+            if (verdict := _verdict(rollout.canary)) is not None:
+                grid.add_row("verdict", _verdict_text(verdict))
     return grid
+
+
+def _canary_words(rollout: RolloutView, canary: CanaryView) -> list[str]:
+    """Where it is, the share of the requests that it shall have and has, what it waits for."""
+    number, last = canary.step + 1, len(canary.steps)
+    words = [f"step {number}/{last}" if number <= last else f"past step {last}/{last}"]
+    if not rollout.ended:
+        words.append(f"{canary.weight:g} %, {canary.placement}")
+    verdict = _verdict(canary)
+    if verdict is not None and verdict.share is not None:
+        words.append(f"{verdict.share:.3g} % of {verdict.requests} requests measured")
+    if canary.pause is not None:
+        words.append(WAITS.get(canary.pause, canary.pause))
+    return words
+
+
+def _verdict(canary: CanaryView) -> VerdictView | None:
+    """The newest one, whether anything has followed from it or not."""
+    return canary.latest or (canary.verdicts[-1] if canary.verdicts else None)
+
+
+def _verdict_text(verdict: VerdictView) -> Text:
+    """What was looked at, line by line, each with its own outcome."""
+    lines = [
+        Text.assemble(_outcome(each.outcome), "  ", _one_line(each.why))
+        for each in verdict.measurements
+    ]
+    return Text("\n").join(lines or [_outcome(verdict.outcome)])
+
+
+def _outcome(outcome: str) -> Text:
+    return Text(outcome, style=OUTCOME_STYLES.get(outcome, "bold"))
 
 
 def _beside(fleet: FleetView) -> Text | None:
@@ -232,7 +286,7 @@ def _role(revision: str | None, *, fleet: FleetView, rollout: RolloutView | None
 def _notes(fleet: FleetView, rollout: RolloutView | None) -> list[RenderableType]:
     short = short_ids([replica.id for replica in fleet.replicas])
     failures = [(short[each.id], each.failure) for each in fleet.replicas if each.failure]
-    if rollout and rollout.reason:
+    if rollout and rollout.reason and not _waits(rollout):
         failures.insert(0, (f"rollout {rollout.id}", rollout.reason))
     eager = [
         f"{short[each.id]}: {each.limit_hits} frames fell back to eager since warm-up"
@@ -242,6 +296,15 @@ def _notes(fleet: FleetView, rollout: RolloutView | None) -> list[RenderableType
     lines = [Text(f"failure  {who}: {_one_line(why)}", style="red") for who, why in failures]
     lines += [Text(f"warning  {_one_line(why)}", style="yellow") for why in fleet.warnings + eager]
     return list(lines)
+
+
+def _waits(rollout: RolloutView) -> bool:
+    """Whether it stands still because somebody wanted it to, which is no failure."""
+    if rollout.state != "paused":
+        return False
+    return (
+        rollout.reason == "paused" if rollout.canary is None else rollout.canary.pause != "failure"
+    )
 
 
 def _revision(revision: str) -> Text:

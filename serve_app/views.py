@@ -68,6 +68,45 @@ class ReplicaView(View):
     node: str | None = None
 
 
+class MeasurementView(View):
+    """One thing that the analysis looked at. Times are in seconds."""
+
+    name: str
+    outcome: str = Field(description="'pass', 'fail' or 'inconclusive'")
+    why: str
+    canary: float | None = None
+    stable: float | None = None
+    canary_samples: int | None = None
+    stable_samples: int | None = None
+
+
+class VerdictView(View):
+    """What a step of a canary came to."""
+
+    step: int = Field(description="counted from 0")
+    weight: float
+    outcome: str = Field(description="'pass', 'fail' or 'inconclusive'")
+    at: float = Field(description="seconds since the epoch")
+    share: float | None = Field(
+        default=None, description="percent of the requests that the canary really got"
+    )
+    requests: int = Field(default=0, description="those that named no revision, in this step")
+    measurements: list[MeasurementView] = []
+
+
+class CanaryView(View):
+    """The steps of a canary, and what they have come to."""
+
+    placement: str
+    step: int = Field(description="the current one, counted from 0; behind the last: all of it")
+    steps: list[float] = Field(description="the weights, in percent")
+    weight: float = Field(description="percent of the requests that it gets now")
+    pause: str | None = Field(default=None, description="'asked', 'step' or 'failure'")
+    hold_until: float | None = None
+    verdicts: list[VerdictView] = []
+    latest: VerdictView | None = None
+
+
 class RolloutView(View):
     """One rollout: what was asked, and how far it is."""
 
@@ -80,6 +119,7 @@ class RolloutView(View):
     in_flight: str | None = Field(default=None, description="'drain' or 'overlap'")
     state: str
     reason: str | None = None
+    canary: CanaryView | None = None
     total: int = Field(default=0, description="live replicas that the rollout covers")
     staged: int = 0
     committed: int = 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray import serve
+from ray import cluster_utils, serve
 from transformers import LlamaForCausalLM
 
 from serve_app.app import build
@@ -22,6 +23,7 @@ from .fleet import Fleet
 from .tiny_world import TinyWorld, make_world
 
 REPLICAS = 2
+CPUS = 16  # of each node, as far as Ray is told
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,6 +46,11 @@ class Cluster:
 
     port: int
     dashboard: str
+    nodes: cluster_utils.Cluster
+
+    def kill(self, node: Any) -> None:
+        """Everything on it dies at once."""
+        self.nodes.remove_node(node, allow_graceful=False)
 
 
 @pytest.fixture(scope="session")
@@ -69,23 +76,35 @@ def cluster() -> Iterator[Cluster]:
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
     os.environ["PYTHONWARNINGS"] = "default"  # warnings are errors here, not in ray's own workers
     os.environ["HF_HUB_OFFLINE"] = "1"  # an adapter that is not there is not looked for elsewhere
-    context = ray.init(
-        num_cpus=16,
-        include_dashboard=True,  # `serve deploy` talks to it
-        dashboard_port=free_port(),
-        log_to_driver=False,
-        logging_level="ERROR",
+    dashboard = free_port()
+    nodes = cluster_utils.Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": CPUS,
+            "include_dashboard": True,  # `serve deploy` talks to it
+            "dashboard_port": dashboard,
+        },
     )
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
     port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield Cluster(port=port, dashboard=f"http://{context.dashboard_url}")
+    # one proxy: the nodes are one machine, and it has one such port
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    yield Cluster(port=port, dashboard=f"http://127.0.0.1:{dashboard}", nodes=nodes)
     serve.shutdown()
     ray.shutdown()
+    nodes.shutdown()
 
 
 @contextmanager
-def deployed(cluster: Cluster, world: TinyWorld, *, app: str, **settings: Any) -> Iterator[Fleet]:
-    """The application with these settings, gone afterwards."""
+def deployed(
+    cluster: Cluster,
+    world: TinyWorld,
+    *,
+    app: str,
+    meanwhile: Callable[[], None] = lambda: None,
+    **settings: Any,
+) -> Iterator[Fleet]:
+    """The application with these settings, gone afterwards. `meanwhile`: while it starts."""
     given: dict[str, Any] = {
         "model": str(world.model),
         "served_model_name": "tiny",
@@ -97,8 +116,11 @@ def deployed(cluster: Cluster, world: TinyWorld, *, app: str, **settings: Any) -
         "poll_s": 1.0,
         "max_model_len": 4096,
     } | settings
-    serve.run(build(given), name=app, route_prefix=f"/{app}")
     try:
+        with ThreadPoolExecutor(1) as pool:
+            starting = pool.submit(serve.run, build(given), name=app, route_prefix=f"/{app}")
+            meanwhile()
+            starting.result()
         url, token = f"http://127.0.0.1:{cluster.port}/{app}", given.get("admin_token")
         fleet = Fleet(url=url, app=app, world=world, token=token)
         fleet.settle(replicas=given["replicas"])

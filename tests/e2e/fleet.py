@@ -15,7 +15,7 @@ import httpx
 import psutil
 
 from serve_app.client import HotswapClient
-from serve_app.rollout.plan import InFlight, Strategy
+from serve_app.rollout.plan import InFlight, Plan, Strategy
 from serve_app.views import ErrorBody, FleetView, ReplicaView
 
 from .tiny_world import TinyWorld
@@ -128,9 +128,8 @@ class Fleet:
         self, name: str, *, strategy: Strategy = "rolling", in_flight: InFlight | None = None
     ) -> str:
         """Move the fleet to an adapter and wait; returns its revision."""
-        rollout = self.client.start(
-            adapter=str(self.world.adapter(name)), strategy=strategy, in_flight=in_flight
-        )
+        plan = Plan(adapter=str(self.world.adapter(name)), strategy=strategy, in_flight=in_flight)
+        rollout = self.client.start(plan)
         ended = self.client.wait(rollout.id, timeout_s=60)
         assert ended.state == "succeeded", ended
         return ended.target

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from serve_app.rollout.plan import InFlight
+from serve_app.rollout.plan import InFlight, Plan
 
 from .conftest import Cluster, deployed
 from .fleet import Fleet, Load, eventually
@@ -74,7 +74,9 @@ def test_a_controller_killed_in_the_middle_of_a_rolling_swap_resumes_and_finishe
             lambda: all(r.running > 0 for r in fleet.client.fleet().replicas),
             what="a long request on each replica",
         )
-        rollout = fleet.client.start(adapter=str(fleet.world.adapter("gamma")), in_flight=in_flight)
+        rollout = fleet.client.start(
+            Plan(adapter=str(fleet.world.adapter("gamma")), in_flight=in_flight)
+        )
         eventually(
             lambda: fleet.client.rollout(rollout.id).state != "staging",
             what="the first wave",

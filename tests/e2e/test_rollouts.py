@@ -13,7 +13,7 @@ from ray import serve
 
 from hotswap_lib import AdapterRefused
 from serve_app.client import RequestRefused
-from serve_app.rollout.plan import InFlight
+from serve_app.rollout.plan import InFlight, Plan
 
 from .bad_adapters import BAD, make_bad
 from .fleet import Fleet, Load
@@ -51,7 +51,7 @@ def test_all_at_once_reaches_every_replica(fleet: Fleet) -> None:
 
 
 def test_base_is_a_revision_like_any_other(fleet: Fleet) -> None:
-    ended = fleet.client.wait(fleet.client.start(adapter="base").id, timeout_s=60)
+    ended = fleet.client.wait(fleet.client.start(Plan(adapter="base")).id, timeout_s=60)
     assert ended.state == "succeeded"
     answer = fleet.ask("no adapter")
     assert answer.revision.startswith("base@")
@@ -76,7 +76,7 @@ def test_a_bad_adapter_is_refused_in_one_sentence_and_changes_nothing(
     before = fleet.client.fleet()
 
     with pytest.raises(RequestRefused) as refused:
-        fleet.client.start(adapter=str(path))
+        fleet.client.start(Plan(adapter=str(path)))
 
     assert refused.value.status == 400
     assert refused.value.code == BAD[kind][1]

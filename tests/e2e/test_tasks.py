@@ -19,6 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from serve_app.rollout.plan import Plan
 from tests.serve_app.batching import Models
 
 from .conftest import Cluster, deployed
@@ -75,7 +76,7 @@ def ids(text: str) -> list[int]:
 
 
 def roll(fleet: Fleet, path: Path) -> None:
-    ended = fleet.client.wait(fleet.client.start(adapter=str(path)).id, timeout_s=60)
+    ended = fleet.client.wait(fleet.client.start(Plan(adapter=str(path))).id, timeout_s=60)
     assert ended.state == "succeeded", ended
 
 

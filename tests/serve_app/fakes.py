@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
+
+import fsspec
+import pytest
 
 from hotswap_lib import AdapterImage, CompileGuard, Revision, Slot, Staged
 from serve_app.admission import Admission
 from serve_app.engine import Cutover
+from serve_app.ledger import Ledger
+from serve_app.rollout.state import Traffic
 from serve_app.views import LaneView
 
 NEVER_S = 10.0
@@ -40,6 +48,7 @@ class FakeEngine:
     """A real slot and a real gate, and nothing that runs.
 
     `faults`: what the next cutovers raise. `holding_fails`: name → what holding it beside raises.
+    `traffic` and `ledger`: as in the real one; a test writes the requests into the ledger itself.
     """
 
     def __init__(self, slot: Slot) -> None:
@@ -48,6 +57,8 @@ class FakeEngine:
         self.guard = CompileGuard()
         self.default = slot.revision
         self.beside: set[Revision] = set()
+        self.traffic: Traffic | None = None
+        self.ledger = Ledger()
         self.faults: list[Exception] = []
         self.holding_fails: dict[str, Exception] = {}
         self.drained = asyncio.Event()
@@ -62,6 +73,10 @@ class FakeEngine:
 
     def lanes(self) -> tuple[LaneView, ...]:
         return tuple(LaneView(revision=str(revision)) for revision in self.serves)
+
+    def go_by(self, traffic: Traffic | None) -> None:
+        self.traffic = traffic
+        self.ledger.open(None if traffic is None else traffic.trial)
 
     async def cut_over(self, staged: Staged, *, in_flight: str) -> Cutover:
         self.policies.append(in_flight)
@@ -93,6 +108,35 @@ class FakeEngine:
 
     def _changed(self) -> None:
         self.served.append({revision.name for revision in self.serves})
+
+
+@contextmanager
+def bucket(patch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An S3 server on loopback with one empty bucket; yields a URI of a folder in it."""
+    from moto.moto_server.werkzeug_app import (  # seconds to import, and few tests need it
+        DomainDispatcherApplication,
+        create_backend_app,
+    )
+    from werkzeug.serving import make_server
+
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        patch.setenv(f"AWS_{name}", "dummy")
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    # one request at a time: moto looks and then writes, where S3 creates an object exclusively
+    app = DomainDispatcherApplication(create_backend_app)
+    server = make_server("127.0.0.1", 0, app, threaded=False)
+    serving = threading.Thread(target=server.serve_forever)
+    serving.start()
+    try:
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": endpoint})
+        name = f"bucket-{uuid4().hex}"
+        fsspec.filesystem("s3").mkdir(name)
+        yield f"s3://{name}/hotswap/state"
+    finally:
+        server.shutdown()
+        serving.join()
+        server.server_close()
 
 
 async def until(condition: Callable[[], bool], what: str = "it never happened") -> None:

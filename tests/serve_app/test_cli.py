@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,14 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+import yaml
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from typer.testing import CliRunner, Result
 
 from serve_app import cli
 from serve_app.client import HotswapClient
+from serve_app.rollout.plan import Plan, Step
 from serve_app.views import (
     AdapterList,
     AdapterView,
@@ -31,6 +34,8 @@ from serve_app.views import (
     RolloutList,
     RolloutView,
 )
+
+from .test_gateway import Door, FakeController
 
 OLD, NEW = "pirate@3f2a9c1d", "terse@9b1c22aa"
 REFUSALS = {
@@ -79,6 +84,8 @@ class FakeFleet:
                 return 201, self.enter(self.states.pop(0)).model_dump()
             case "POST", ["rollouts", "r1", "abort"]:
                 return 200, self.enter("aborting").model_dump()
+            case "POST", ["rollouts", "r1", "promote" | "resume" | "retry" | "pause"]:
+                return 200, self.enter(self.states.pop(0)).model_dump()
             case "POST", ["undo"]:
                 if not self.rollout:
                     return self.refuse("/undo")
@@ -203,7 +210,7 @@ def test_start_returns_once_accepted_and_says_how_to_watch() -> None:
         f"r1  {OLD} → {NEW}  rolling  pending  0/2 committed, 0/2 staged",
         "watch: hotswap --url http://127.0.0.1:8000 rollout get r1 --watch",
     ]
-    assert fake.asked == [{"adapter": "org/pirate", "strategy": "rolling", "max_unavailable": 1}]
+    assert fake.asked == [{"adapter": "org/pirate"}], "what was not said is the server's to fill in"
 
 
 def test_start_sends_every_option() -> None:
@@ -213,6 +220,214 @@ def test_start_sends_every_option() -> None:
     hotswap(fake, "rollout", "start", "--adapter", "x", *options)
     asked = {"adapter": "x", "name": "n", "strategy": "all_at_once", "max_unavailable": 3}
     assert fake.asked == [asked | {"in_flight": "drain"}]
+
+
+# ---- plans --------------------------------------------------------------------------------------
+
+PLAN = """
+adapter: s3://models/support-bot/v7   # YAML, with words of its own
+strategy: canary
+steps:
+  - {weight: 10, hold: 2m}
+  - {weight: 50, hold: manual}
+analysis:
+  checks:
+    - {metric: error_rate, max: 0.01}
+"""
+SENT = {
+    "adapter": "s3://models/support-bot/v7",
+    "strategy": "canary",
+    "steps": [{"weight": 10.0, "hold": 120.0}, {"weight": 50.0, "hold": "manual"}],
+    "analysis": {"checks": [{"metric": "error_rate", "max": 0.01}]},
+}
+
+
+@pytest.mark.parametrize("kind", ["yaml", "json"])
+def test_a_plan_comes_from_a_file(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / f"plan.{kind}"
+    file.write_text(PLAN if kind == "yaml" else json.dumps(yaml.safe_load(PLAN)))
+    fake = FakeFleet()
+    result = hotswap(fake, "rollout", "start", "--plan", str(file))
+    assert (result.exit_code, fake.asked) == (0, [SENT])
+
+
+def test_options_go_over_the_plan(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(PLAN)
+    fake = FakeFleet()
+    over = ["--adapter", "org/other", "--step", "25:30s", "--step", "75"]
+    over += ["--placement", "dedicated", "--progress-deadline", "5m", "--on-failure", "pause"]
+    hotswap(fake, "rollout", "start", "--plan", str(file), *over)
+    changed = {
+        "adapter": "org/other",
+        "steps": [{"weight": 25.0, "hold": 30.0}, {"weight": 75.0}],
+        "placement": "dedicated",
+        "progress_deadline": 300.0,
+        "on_failure": "pause",
+    }
+    assert fake.asked == [SENT | changed]
+
+
+def test_a_local_adapter_in_a_plan_is_sent_as_an_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pirate").mkdir()
+    (tmp_path / "plan.yaml").write_text("adapter: pirate")
+    monkeypatch.chdir(tmp_path)
+    fake = FakeFleet()
+    hotswap(fake, "rollout", "start", "--plan", "plan.yaml")
+    assert fake.asked == [{"adapter": str(tmp_path / "pirate")}]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "cannot be read: "),
+        (b"adapter: [", "cannot be read: "),
+        (b"\xff\xfe\x00", "cannot be read: "),
+        (b"", "is no mapping of fields to values"),
+        (b"- adapter", "is no mapping of fields to values"),
+        (b"strategy: rolling", "adapter: Field required"),
+        (b"adapter: x\nweight: 10", "weight: Extra inputs are not permitted"),
+        (b"adapter: x\n10: 20", "10: "),
+        (b"adapter: x\nprogress_deadline: soon", "progress_deadline: "),
+        (b"adapter: x\nstrategy: canary", "plan: Value error, a canary needs steps"),
+    ],
+)
+def test_a_bad_plan_exits_2_says_why_and_asks_nothing(
+    tmp_path: Path, content: bytes | None, why: str
+) -> None:
+    file = tmp_path / "plan.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    fake = FakeFleet()
+    result = hotswap(fake, "rollout", "start", "--plan", str(file))
+    assert (result.exit_code, fake.tokens) == (2, set())
+    assert why in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("step", ["", "ten", "10:", "10:soon", "0", "101", "10:30s:1", ":30s"])
+def test_a_bad_step_exits_2_and_asks_nothing(step: str) -> None:
+    fake = FakeFleet()
+    args = ["--adapter", "x", "--strategy", "canary", "--step", step]
+    result = hotswap(fake, "rollout", "start", *args)
+    assert (result.exit_code, fake.tokens) == (2, set())
+    assert "steps.0" in result.stderr
+
+
+@pytest.mark.parametrize("verb", ["promote", "resume", "retry"])
+@pytest.mark.parametrize(("end", "code"), [("succeeded", 0), ("aborted", 3), ("failed", 3)])
+def test_a_verb_that_is_watched_exits_as_its_rollout_ends(verb: str, end: str, code: int) -> None:
+    fake = FakeFleet(states=["progressing", "progressing", end])
+    fake.enter("paused")
+    assert hotswap(fake, "rollout", verb, "r1", "--watch").exit_code == code
+
+
+def test_pause_shows_the_rollout_that_it_paused() -> None:
+    fake = FakeFleet(states=["paused"])
+    fake.enter("progressing")
+    result = hotswap(fake, "rollout", "pause", "r1")
+    assert (result.exit_code, "paused" in result.stdout) == (0, True)
+
+
+# ---- one script, four ways to say it ------------------------------------------------------------
+
+GUARDS = ["expected_generation", "key"]
+SCRIPT: list[tuple[str, dict[str, Any]]] = [
+    ("start_rollout", {"expected_generation": 4, "key": "nightly 7"}),
+    ("promote", {"full": False}),
+    ("promote", {"full": True, "expected_generation": 0, "key": "p"}),
+    ("pause", {"expected_generation": 5}),
+    ("resume", {"key": "r"}),
+    ("retry", {"expected_generation": 6, "key": "t"}),
+    ("abort", {"key": "a/b"}),
+    ("undo", {"to": "pirate@11111111", "expected_generation": 7, "key": "u"}),
+    ("undo", {"to": None}),
+]
+STEPS = Plan(adapter="org/x", strategy="canary", steps=(Step(weight=10, hold=60), Step(weight=50)))
+
+
+def heard(controller: FakeController) -> dict[str, list[Any]]:
+    """What the controller was asked, verb by verb."""
+    verbs = dict.fromkeys(verb for verb, _ in SCRIPT)
+    methods = {verb: getattr(controller, verb) for verb in verbs}
+    return {
+        verb: list(zip(method.asked, method.named, strict=True)) for verb, method in methods.items()
+    }
+
+
+def by_handle(door: Door) -> None:
+    async def ask(verb: str, more: dict[str, Any]) -> None:
+        about = {"start_rollout": (STEPS,), "undo": ()}.get(verb, ("rollout-1",))
+        guards = dict.fromkeys(GUARDS) | more
+        await getattr(door.controller, verb).remote(*about, **guards)
+
+    for verb, more in SCRIPT:
+        asyncio.run(ask(verb, more))
+
+
+def by_http(door: Door) -> None:
+    for verb, more in SCRIPT:
+        query = {k: str(v) for k, v in more.items() if k != "key" and v is not None}
+        headers = {"idempotency-key": more["key"]} if "key" in more else {}
+        path = {"start_rollout": "/admin/rollouts", "undo": "/admin/undo"}.get(
+            verb, f"/admin/rollouts/rollout-1/{verb}"
+        )
+        body = {"json": STEPS.model_dump(mode="json")} if verb == "start_rollout" else {}
+        assert door("POST", path, params=query, headers=headers, **body).is_success
+
+
+def through(door: Door) -> httpx.MockTransport:
+    def knock(request: httpx.Request) -> httpx.Response:
+        answer = door(
+            request.method, str(request.url), content=request.content, headers=request.headers
+        )
+        return httpx.Response(answer.status_code, content=answer.content)
+
+    return httpx.MockTransport(knock)
+
+
+def by_client(door: Door) -> None:
+    with HotswapClient("http://door", transport=through(door)) as client:
+        for verb, more in SCRIPT:
+            match verb:
+                case "start_rollout":
+                    client.start(STEPS, **more)
+                case "undo":
+                    client.undo(**more)
+                case _:
+                    getattr(client, verb)("rollout-1", **more)
+
+
+def by_shell(door: Door) -> None:
+    def connect(_url: str, *, token: str | None) -> HotswapClient:
+        return HotswapClient("http://door", token=token, transport=through(door))
+
+    for verb, more in SCRIPT:
+        words = {"undo": ["undo"]}.get(verb, ["rollout", verb, "rollout-1"])
+        if verb == "start_rollout":
+            words = ["rollout", "start", "--adapter", "org/x", "--strategy", "canary"]
+            words += ["--step", "10:1m", "--step", "50"]
+        for name, value in more.items():
+            option = {"key": "--idempotency-key"}.get(name, f"--{name.replace('_', '-')}")
+            if value is not None and value is not False:
+                words += [option] if value is True else [option, str(value)]
+        result = CliRunner().invoke(cli.app, words, obj=connect, env=PLAIN_TERMINAL)
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("say", [by_handle, by_http, by_client, by_shell])
+def test_however_it_is_said_the_controller_hears_the_same(say: Callable[[Door], None]) -> None:
+    door = Door()
+    say(door)
+    said: dict[str, list[Any]] = {verb: [] for verb, _ in SCRIPT}
+    for verb, more in SCRIPT:
+        about = {"start_rollout": (STEPS,), "undo": ()}.get(verb, ("rollout-1",))
+        said[verb].append((about, dict.fromkeys(GUARDS) | more))
+    assert heard(door.controller) == said
+
+
+# ---- adapters -----------------------------------------------------------------------------------
 
 
 def test_adapters_are_loaded_listed_and_unloaded(

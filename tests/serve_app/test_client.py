@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from serve_app.client import HotswapClient, RequestRefused, ServerUnreachable
+from serve_app.rollout.plan import Plan
 from serve_app.views import (
     AdapterList,
     AdapterView,
@@ -84,14 +85,17 @@ def test_the_fleet_and_the_rollouts_come_back_as_views() -> None:
 def test_start_sends_the_plan_and_leaves_out_what_was_not_said() -> None:
     server = ScriptedServer(answer(ROLLOUT, 201))
     with client_of(server) as client:
-        assert client.start(adapter="org/pirate", strategy="all_at_once") == ROLLOUT
-        client.start(
-            adapter="x", name="n", max_unavailable=2, in_flight="drain", progress_deadline_s=9.5
-        )
+        assert client.start(Plan(adapter="org/pirate", strategy="all_at_once")) == ROLLOUT
+        plan = Plan(adapter="x", name="n", in_flight="drain", progress_deadline=9.5)
+        client.start(plan, expected_generation=3, key="nightly 7")
     bare, full = (json.loads(request.content) for request in server.asked)
-    assert bare == {"adapter": "org/pirate", "strategy": "all_at_once", "max_unavailable": 1}
-    named = {"adapter": "x", "name": "n", "strategy": "rolling", "max_unavailable": 2}
-    assert full == named | {"in_flight": "drain", "progress_deadline_s": 9.5}
+    assert bare == {"adapter": "org/pirate", "strategy": "all_at_once"}
+    named = {"adapter": "x", "name": "n", "in_flight": "drain"}
+    assert full == named | {"progress_deadline": 9.5}
+    first, second = server.asked
+    assert (first.url.query, first.headers.get("idempotency-key")) == (b"", None)
+    assert second.url.query == b"expected_generation=3"
+    assert second.headers["idempotency-key"] == "nightly 7"
 
 
 def test_adapters_are_loaded_listed_and_unloaded_in_vllms_terms() -> None:
@@ -127,6 +131,29 @@ def test_abort_and_undo_are_posts_without_a_body() -> None:
         client.undo()
     asked = [(request.method, request.url.path, request.content) for request in server.asked]
     assert asked == [("POST", "/admin/rollouts/r1/abort", b""), ("POST", "/admin/undo", b"")]
+
+
+@pytest.mark.parametrize("verb", ["promote", "abort", "pause", "resume", "retry"])
+def test_every_verb_can_say_what_it_saw_and_what_it_is_called(verb: str) -> None:
+    server = ScriptedServer(answer(ROLLOUT))
+    with client_of(server) as client:
+        assert getattr(client, verb)("r 1", expected_generation=0, key="nightly") == ROLLOUT
+        getattr(client, verb)("r 1")
+    first, second = server.asked
+    assert first.url.raw_path == f"/admin/rollouts/r%201/{verb}?expected_generation=0".encode()
+    assert first.headers["idempotency-key"] == "nightly"
+    assert second.url.raw_path == f"/admin/rollouts/r%201/{verb}".encode()
+    assert "idempotency-key" not in second.headers
+
+
+def test_undo_says_where_to_and_promote_how_far() -> None:
+    server = ScriptedServer(answer(ROLLOUT))
+    with client_of(server) as client:
+        client.undo(to="pirate@11111111 &x=1", expected_generation=3)
+        client.promote("r1", full=True)
+    undo, promote = server.asked
+    assert dict(undo.url.params) == {"to": "pirate@11111111 &x=1", "expected_generation": "3"}
+    assert dict(promote.url.params) == {"full": "True"}
 
 
 def test_an_id_can_not_reach_another_address() -> None:
@@ -167,7 +194,7 @@ def test_a_token_that_no_header_can_carry_is_refused() -> None:
 def test_a_refusal_has_the_servers_status_code_and_sentence() -> None:
     server = ScriptedServer(refusal(400, "rank_over_envelope", "rank 64 is over 16"))
     with client_of(server) as client, pytest.raises(RequestRefused) as caught:
-        client.start(adapter="x")
+        client.start(Plan(adapter="x"))
     refused = caught.value
     assert (refused.status, refused.code) == (400, "rank_over_envelope")
     assert refused.message == "rank 64 is over 16"

@@ -6,7 +6,7 @@ import asyncio
 import json
 import pickle
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,17 +16,20 @@ import pytest
 from hotswap_lib import BASE, AdapterImage, AdapterRefused, Layout, Revision
 from serve_app.admission import DrainTimeout
 from serve_app.control_lane import ControlLane
-from serve_app.controller import (
-    Controller,
+from serve_app.controller import Controller
+from serve_app.images import AdapterStore
+from serve_app.journal import Entry, Journal
+from serve_app.messages import Answer, Report, key
+from serve_app.probes import ProbeInvalid
+from serve_app.refusals import (
     FleetNotReady,
+    KeyReused,
     NoSuchRollout,
     NothingToUndo,
     PlanImpossible,
 )
-from serve_app.journal import Entry, Journal, JournalUnreadable
-from serve_app.messages import Answer, Report, key
 from serve_app.rollout.machine import desired
-from serve_app.rollout.state import Desired, Failure, GenerationMismatch
+from serve_app.rollout.state import Desired, Failure, GenerationMismatch, IllegalEvent
 from serve_app.settings import Settings
 from serve_app.tenants import (
     AdapterAlreadyLoaded,
@@ -34,7 +37,7 @@ from serve_app.tenants import (
     AdapterLoadTimeout,
     AdapterNotLoaded,
 )
-from serve_app.views import AdapterView, RolloutView
+from serve_app.views import AdapterView, CanaryView, RolloutView
 from tests.e2e.tiny_world import TinyWorld
 
 from .conftest import new_slot
@@ -47,14 +50,34 @@ def tell(story: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(asyncio.wait_for(story, 60))
 
 
+class FakeProbing:
+    """Probes by name: what they return, or raise."""
+
+    def __init__(self) -> None:
+        self.scores: dict[str, dict[str, float] | Exception] = {}
+
+    async def check(self, functions: Sequence[str]) -> None:
+        for function in functions:
+            if function not in self.scores:
+                raise ProbeInvalid(function, "cannot be imported: no such module")
+
+    async def run(self, function: str, *_: Any) -> dict[str, float]:
+        found = self.scores[function]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
 class Hall:
     """A controller over one state directory, and whoever reports to it."""
 
-    def __init__(self, world: TinyWorld, state: Path, **settings: Any) -> None:
+    def __init__(self, world: TinyWorld, state: Path | str, **settings: Any) -> None:
         self.world, self.state = world, state
         # one lane: these fleets drain, and the fake engine says when they have
         self.settings = Settings.model_validate({"poll_s": 0.2, "lanes": 1, **settings})
         self.load_timeout_s = 10.0
+        self.grace_s = 300.0
+        self.probing = FakeProbing()
         self.engines: dict[str, FakeEngine] = {}
         self.lanes: dict[str, ControlLane] = {}
         self.up = False
@@ -83,14 +106,23 @@ class Hall:
     async def start(self, **changed: Any) -> None:
         self.settings = Settings.model_validate({**self.settings.model_dump(), **changed})
         self.put = CountingPut()
-        self.controller = Controller(
+        controller = Controller(
             self.settings,
             state_uri=str(self.state),
             put=self.put,
             load_timeout_s=self.load_timeout_s,
+            probing=self.probing,
+            grace_s=self.grace_s,
         )
-        await self.controller.start()
-        self.up = True  # Serve, too, lets nobody in before
+        await controller.start()
+        self.controller = controller  # Serve, too, lets nobody in before
+        self.up = True
+
+    async def replace(self, **changed: Any) -> Controller:
+        """A redeploy that starts the new controller beside the old one, which is returned."""
+        old = self.controller
+        await self.start(**changed)
+        return old
 
     def kill(self) -> None:
         """What SIGKILL leaves of a controller in this process: nothing that acts."""
@@ -143,7 +175,7 @@ class Hall:
         return {engine.default.name for engine in self.engines.values()}
 
     def journal(self) -> dict[str, Any]:
-        document: dict[str, Any] = json.loads((self.state / "journal.json").read_text())
+        document: dict[str, Any] = json.loads(Path(self.state, "journal.json").read_text())
         return document["fleet"]  # type: ignore[no-any-return]
 
 
@@ -179,7 +211,9 @@ def test_a_replica_with_an_unknown_layout_is_asked_to_introduce_itself(
             assert (await hall.report(report(layout))).introduce
             await hall.join("r1", layout)
             answer = await hall.report(report(layout))
-            assert answer.desired == Desired(epoch=1, generation=2, hold=key(BASE))
+            assert answer.desired == Desired(
+                epoch=1, generation=2, hold=key(BASE), stable=key(BASE)
+            )
             assert set(answer.images) == {key(BASE)}
 
     tell(story())
@@ -292,7 +326,7 @@ def test_a_journal_that_is_out_of_reach_for_a_while_does_not_end_deadlines(
     async def story() -> None:
         async with Hall(world, tmp_path, poll_s=60) as hall:
             await introduced(hall, layout)
-            plan = {"adapter": str(world.adapter("alpha")), "progress_deadline_s": 0.1}
+            plan = {"adapter": str(world.adapter("alpha")), "progress_deadline": 0.1}
             await hall.controller.start_rollout(plan)  # which nobody ever stages
             journal = Unreachable(hall.controller._intent._journal, failures=2)
             hall.controller._intent._journal = journal  # type: ignore[assignment]
@@ -313,10 +347,9 @@ def test_the_journal_forgets_where_forgotten_revisions_came_from(
         async with Hall(world, tmp_path, poll_s=60) as hall:
             await introduced(hall, layout)
             for name in ("alpha", "beta", "gamma"):  # each replaced before anybody staged it
-                await hall.roll(name)
-            target = hall.controller._fleet.rollout
-            assert target is not None
-            assert set(hall.controller._intent.sources) == {target.target}
+                await hall.roll(name, history_limit=1)
+            sources = {name.split("@")[0] for name in hall.controller._intent.sources}
+            assert sources == {"beta", "gamma"}, "the last one, and the one before"
 
     tell(story())
 
@@ -688,14 +721,18 @@ def test_a_controller_that_lost_its_journal_is_still_obeyed(
     tell(story())
 
 
-def test_a_journal_that_cannot_be_read_stops_the_start_and_is_not_overwritten(
+def test_a_journal_that_cannot_be_read_is_put_aside_and_the_fleet_says_where(
     world: TinyWorld, tmp_path: Path
 ) -> None:
     async def story() -> None:
         (tmp_path / "journal.json").write_text("{")
-        with pytest.raises(JournalUnreadable):
-            await Hall(world, tmp_path).start()
-        assert (tmp_path / "journal.json").read_text() == "{"
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1")
+            [aside] = tmp_path.glob("journal.json.unreadable-*")
+            assert aside.read_text() == "{"
+            warnings = (await hall.controller.fleet()).warnings
+            assert any(str(aside) in warning for warning in warnings)
+            assert (await hall.ended(await hall.roll("alpha"))).state == "succeeded"
 
     tell(story())
 
@@ -804,6 +841,392 @@ def test_overlap_on_one_lane_is_refused_before_anything_has_changed(
                 await hall.roll("alpha", in_flight="overlap")
             assert refused.value.code == "plan_impossible"
             assert await hall.controller.rollouts() == []
+
+    tell(story())
+
+
+# ---- canaries -----------------------------------------------------------------------------------
+
+STEPS: list[dict[str, Any]] = [{"weight": 10, "hold": "manual"}, {"weight": 50}]
+CANARY: dict[str, Any] = {"strategy": "canary", "steps": STEPS}
+ERRORS = {"checks": [{"metric": "error_rate", "max": 0.1}], "min_samples": 4, "interval": 0.05}
+
+
+def weights(hall: Hall) -> list[float | None]:
+    now = [engine.traffic for engine in hall.engines.values()]
+    return [None if each is None else each.weight for each in now]
+
+
+async def paused(hall: Hall, rollout: RolloutView) -> CanaryView:
+    """Its canary, once it waits for somebody."""
+    await until(lambda: hall.controller._find(rollout.id).state == "paused")
+    canary = (await hall.controller.rollout(rollout.id)).canary
+    assert canary is not None
+    return canary
+
+
+def answered(hall: Hall, adapter: str, *, failed: int, of: int) -> None:
+    """Each replica has answered requests that named no revision."""
+    for engine in hall.engines.values():
+        [revision] = [key(one) for one in engine.serves if one.name == adapter]
+        for number in range(of):
+            engine.ledger.write(
+                revision,
+                trial=engine.ledger.trial,
+                chosen=True,
+                failed=number < failed,
+                latency_s=0.1,
+            )
+
+
+@pytest.mark.parametrize("placement", ["shared", "dedicated"])
+def test_a_canary_goes_step_by_step_until_it_is_stable(
+    world: TinyWorld, tmp_path: Path, placement: str
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, lanes=2) as hall:
+            await hall.replicas("r1", "r2", "r3")
+            running = await hall.roll("alpha", **CANARY, placement=placement)
+            canary = await paused(hall, running)
+            assert (canary.placement, canary.steps) == (placement, [10, 50])
+            assert (canary.step, canary.weight, canary.pause) == (0, 10, "step")
+            await until(lambda: weights(hall) == [10, 10, 10])
+            held = [engine.default.name for engine in hall.engines.values()]
+            assert sorted(held).count("alpha") == (1 if placement == "dedicated" else 0)
+            beside = [{"alpha"}] * 3 if placement == "shared" else [set()] * 3
+            assert hall.beside() == beside
+            await hall.controller.promote(running.id)
+            assert (await hall.ended(running)).state == "succeeded"
+            await until(lambda: weights(hall) == [None] * 3)
+            await until(lambda: hall.beside() == [set()] * 3)
+            assert hall.holds() == {"alpha"}
+
+    tell(story())
+
+
+def test_a_canary_that_fails_its_analysis_is_taken_back_with_its_numbers(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, lanes=2, poll_s=0.05) as hall:
+            await hall.replicas("r1", "r2")
+            steps = [{"weight": 25, "hold": "1h"}]
+            running = await hall.roll("beta", strategy="canary", steps=steps, analysis=ERRORS)
+            await until(lambda: hall.controller._find(running.id).placed_at is not None)
+            answered(hall, "base", failed=0, of=12)
+            answered(hall, "beta", failed=2, of=4)
+            done = await hall.ended(running)
+            assert (done.state, hall.holds()) == ("aborted", {"base"})
+            assert done.reason is not None
+            assert "error_rate is 0.5, and has to be at most 0.1" in done.reason
+            assert done.canary is not None
+            [verdict] = [one for one in done.canary.verdicts if one.outcome == "fail"]
+            assert (verdict.step, verdict.weight, verdict.share) == (0, 25, 25)
+            assert (verdict.requests, verdict.measurements[0].canary) == (32, 0.5)
+            await until(lambda: hall.beside() == [set(), set()])
+
+    tell(story())
+
+
+def test_a_canary_that_passes_its_analysis_is_promoted_by_it(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, lanes=2, poll_s=0.05) as hall:
+            await hall.replicas("r1", "r2")
+            hall.probing.scores = {"mine:probe": {"gain": 0.5}}
+            probe = {"function": "mine:probe", "scores": {"gain": {"min": 0}}}
+            analysis = ERRORS | {"probes": [probe]}
+            steps = [{"weight": 25, "hold": 0.1}]
+            running = await hall.roll("beta", strategy="canary", steps=steps, analysis=analysis)
+            await until(lambda: hall.controller._find(running.id).placed_at is not None)
+            answered(hall, "beta", failed=0, of=4)
+            done = await hall.ended(running)
+            assert (done.state, hall.holds()) == ("succeeded", {"beta"})
+            assert done.canary is not None
+            assert [one.outcome for one in done.canary.verdicts] == ["pass"]
+
+    tell(story())
+
+
+def test_a_restarted_controller_goes_on_in_the_step_that_was_reached(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, lanes=2) as hall:
+            await hall.replicas("r1", "r2")
+            running = await hall.roll("alpha", **CANARY)
+            await paused(hall, running)
+            await hall.restart()
+            await hall.until_serving("r1", "r2")
+            canary = await paused(hall, running)
+            assert (canary.step, canary.weight) == (0, 10)
+            assert weights(hall) == [10, 10]
+            await hall.controller.promote(running.id, full=True)
+            assert (await hall.ended(running)).state == "succeeded"
+
+    tell(story())
+
+
+@pytest.mark.parametrize(
+    ("plan", "lanes", "error", "why"),
+    [
+        ({**CANARY, "placement": "dedicated"}, 2, PlanImpossible, "needs two replicas"),
+        (CANARY, 1, PlanImpossible, "needs two replicas"),
+        ({**CANARY, "placement": "shared"}, 1, PlanImpossible, "needs two lanes"),
+        ({"in_flight": "overlap"}, 1, PlanImpossible, "needs two lanes"),
+        (
+            CANARY | {"analysis": {"probes": [{"function": "a:b", "scores": {"x": {"min": 0}}}]}},
+            2,
+            ProbeInvalid,
+            "a:b cannot be imported",
+        ),
+    ],
+)
+def test_a_plan_that_this_fleet_cannot_do_is_refused_with_nothing_changed(
+    world: TinyWorld,
+    tmp_path: Path,
+    plan: dict[str, Any],
+    lanes: int,
+    error: type[Exception],
+    why: str,
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, lanes=lanes) as hall:
+            await hall.replicas("r1")
+            journal = hall.journal()
+            with pytest.raises(error, match=why):
+                await hall.roll("alpha", **plan)
+            assert (await hall.controller.rollouts(), hall.journal()) == ([], journal)
+
+    tell(story())
+
+
+# ---- steering -----------------------------------------------------------------------------------
+
+
+def test_a_pause_holds_a_rollout_until_it_is_resumed(world: TinyWorld, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1", "r2")
+            hall.engines["r1"].drained.clear()
+            running = await hall.roll("alpha")
+            await until(lambda: not hall.engines["r1"].admission.is_open)
+            assert (await hall.controller.pause(running.id)).state == "paused"
+            hall.engines["r1"].drained.set()
+            await hall.until_serving("r1", "r2")
+            assert hall.engines["r2"].default.name == "base"
+            await hall.controller.resume(running.id)
+            assert (await hall.ended(running)).state == "succeeded"
+
+    tell(story())
+
+
+def test_what_failed_is_tried_again_when_somebody_says_so(world: TinyWorld, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1", "r2")
+            hall.engines["r2"].faults.append(DrainTimeout(2, 0.5))
+            running = await hall.roll("alpha", on_failure="pause")
+            await until(lambda: hall.controller._find(running.id).state == "paused")
+            with pytest.raises(IllegalEvent, match="retry, promote or abort"):
+                await hall.controller.resume(running.id)
+            again = await hall.controller.retry(running.id)
+            assert again.id == running.id
+            assert (await hall.ended(running)).state == "succeeded"
+            with pytest.raises(IllegalEvent, match="has succeeded"):
+                await hall.controller.retry(running.id)
+
+    tell(story())
+
+
+def test_what_was_taken_back_is_begun_again_by_a_retry(world: TinyWorld, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1")
+            hall.engines["r1"].faults.append(DrainTimeout(2, 0.5))
+            failed = await hall.ended(await hall.roll("alpha"))
+            assert failed.state == "aborted"
+            await hall.until_serving("r1")
+            again = await hall.controller.retry(failed.id, key="k")
+            assert again.id != failed.id
+            assert (await hall.controller.retry(failed.id, key="k")).id == again.id
+            assert (await hall.ended(again)).state == "succeeded"
+
+    tell(story())
+
+
+def test_undo_can_go_back_to_any_earlier_revision(world: TinyWorld, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1")
+            for name in ("alpha", "beta", "gamma"):
+                await hall.ended(await hall.roll(name))
+            for to in ("nobody", world.revision("gamma")):
+                with pytest.raises(NothingToUndo, match=to):
+                    await hall.controller.undo(to=to)
+            for to in ("alpha", world.revision("beta"), "base"):
+                undone = await hall.ended(await hall.controller.undo(to=to))
+                assert undone.state == "succeeded"
+                assert hall.holds() == {to.split("@")[0]}
+
+    tell(story())
+
+
+def test_whoever_looked_too_long_ago_is_refused_by_every_verb(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, lanes=2) as hall:
+            await hall.replicas("r1")
+            running = await hall.roll("alpha", **CANARY)
+            await paused(hall, running)
+            control = hall.controller
+            now = (await control.fleet()).generation
+            late: dict[str, Any] = {"expected_generation": now - 1}
+            asks = [
+                control.start_rollout({"adapter": "base"}, **late),
+                control.promote(running.id, **late),
+                control.abort(running.id, **late),
+                control.pause(running.id, **late),
+                control.resume(running.id, **late),
+                control.retry(running.id, **late),
+                control.undo(**late),
+            ]
+            for ask in asks:
+                with pytest.raises(GenerationMismatch):
+                    await ask
+            assert (await control.fleet()).generation == now
+            await control.promote(running.id, expected_generation=now)
+            assert (await hall.ended(running)).state == "succeeded"
+
+    tell(story())
+
+
+def test_the_same_request_under_the_same_key_changes_nothing(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, lanes=2) as hall:
+            await hall.replicas("r1")
+            control = hall.controller
+            plan = {"adapter": hall.adapter("alpha"), **CANARY}
+            plan["steps"] = [{"weight": 10 * n, "hold": "manual"} for n in (1, 2, 3)]
+            both = await asyncio.gather(*(control.start_rollout(plan, key="k") for _ in range(2)))
+            assert {rollout.id for rollout in both} == {"rollout-1"}
+            await paused(hall, both[0])
+            await control.promote("rollout-1", key="k")
+            await until(lambda: weights(hall) == [20])
+            assert (await paused(hall, both[0])).step == 1
+            seen = (await control.fleet()).generation
+            late: dict[str, Any] = {"key": "k", "expected_generation": 1}
+            assert (await control.promote("rollout-1", **late)).canary.step == 1  # type: ignore[union-attr]
+            assert (await control.start_rollout(plan, **late)).id == "rollout-1"
+            await hall.restart()
+            await hall.until_serving("r1")
+            control = hall.controller
+            assert (await control.promote("rollout-1", **late)).canary.step == 1  # type: ignore[union-attr]
+            assert (await control.fleet()).generation == seen
+            with pytest.raises(KeyReused, match="'k' was used for another request"):
+                await control.start_rollout({"adapter": "base"}, key="k")
+            await control.promote("rollout-1", key="another")
+            assert (await paused(hall, both[0])).step == 2
+            await control.undo(key="k")
+            assert (await hall.ended(both[0])).reason == "undone"
+            again = await control.undo(key="k")
+            assert (again.id, len(await control.rollouts())) == ("rollout-1", 1)
+
+    tell(story())
+
+
+def test_an_undo_under_the_same_key_goes_back_once(world: TinyWorld, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path) as hall:
+            await hall.replicas("r1")
+            for name in ("alpha", "beta", "gamma"):
+                await hall.ended(await hall.roll(name))
+            first = await hall.ended(await hall.controller.undo(key="k"))
+            assert (await hall.controller.undo(key="k")).id == first.id
+            assert hall.holds() == {"beta"}
+            with pytest.raises(KeyReused):
+                await hall.controller.undo(to="alpha", key="k")
+
+    tell(story())
+
+
+def test_a_verb_for_a_rollout_that_was_replaced_meanwhile_does_not_reach_the_new_one(
+    world: TinyWorld, layout: Layout, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        async with Hall(world, tmp_path, poll_s=60) as hall:
+            await introduced(hall, layout)
+            first = await hall.roll("alpha")
+            async with hall.controller._intent._lock:  # both wait for their turn
+                newer = asyncio.create_task(
+                    hall.controller.start_rollout({"adapter": hall.adapter("beta")})
+                )
+                while not hall.controller._intent._lock._waiters:
+                    await asyncio.sleep(0.001)
+                aborting = asyncio.create_task(hall.controller.abort(first.id))
+                await settled()
+            with pytest.raises(IllegalEvent, match=first.id):
+                await aborting
+            second = await newer
+            assert (await hall.controller.rollout(second.id)).state == "staging"
+            for verb in ("promote", "pause", "resume"):
+                with pytest.raises(IllegalEvent, match=first.id):
+                    await getattr(hall.controller, verb)(first.id)
+
+    tell(story())
+
+
+# ---- kept adapters ------------------------------------------------------------------------------
+
+
+def test_adapters_that_nobody_can_name_any_more_are_deleted(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    names = {revision.rpartition("@")[2]: name for revision, name in world.revisions.items()}
+
+    def kept() -> set[str]:
+        return {names[path.name[:8]] for path in (tmp_path / "adapters").iterdir()}
+
+    async def story() -> None:
+        hall = Hall(world, tmp_path)
+        hall.grace_s = 0.0
+        async with hall:
+            await hall.replicas("r1")
+            await hall.load("gamma")
+            for name in ("alpha", "beta"):
+                await hall.ended(await hall.roll(name, history_limit=1))
+            assert kept() == {"alpha", "beta", "gamma"}
+            await hall.controller.unload_adapter("gamma")
+            await until(lambda: kept() == {"alpha", "beta"})
+            await hall.ended(await hall.controller.undo())
+            assert hall.holds() == {"alpha"}
+            await hall.ended(await hall.roll("gamma", history_limit=1))
+            await until(lambda: kept() == {"alpha", "gamma"})
+
+    tell(story())
+
+
+def test_an_adapter_that_cannot_be_deleted_is_no_reason_to_stop(
+    world: TinyWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stuck(AdapterStore):
+        def drop(self, *_: Any, **__: Any) -> None:
+            raise OSError("the bucket does not answer")
+
+    async def story() -> None:
+        hall = Hall(world, tmp_path)
+        hall.grace_s = 0.0
+        async with hall:
+            hall.controller._store = Stuck(str(tmp_path))
+            await hall.replicas("r1")
+            await hall.load("gamma")
+            await hall.controller.unload_adapter("gamma")
+            await until(lambda: "could not delete the adapters" in caplog.text)
+            assert (await hall.ended(await hall.roll("alpha"))).state == "succeeded"
 
     tell(story())
 
@@ -1143,6 +1566,8 @@ def test_a_user_who_goes_away_while_an_adapter_fails_leaves_nothing_half_loaded(
         AdapterLoadTimeout("bot@1", ("r1", "r2"), 60.0),
         GenerationMismatch(3, 4),
         PlanImpossible("no"),
+        KeyReused("k"),
+        NothingToUndo("x"),
     ],
     ids=lambda error: type(error).__name__,
 )

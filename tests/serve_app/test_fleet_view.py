@@ -7,8 +7,9 @@ from dataclasses import replace
 from hotswap_lib import Revision
 from serve_app.fleet_view import fleet_view, rollout_view
 from serve_app.messages import Report, key
-from serve_app.rollout.plan import Plan
-from serve_app.rollout.state import Failure, Fleet, Observed, Progress, Rollout, State
+from serve_app.rollout.analysis import Measurement, Outcome, Verdict
+from serve_app.rollout.plan import Plan, Step
+from serve_app.rollout.state import Failure, Fleet, Observed, Pause, Progress, Rollout, State
 from serve_app.views import FleetView, LaneView, StartView, SwapView
 
 OLD, NEW = Revision("old", "1" * 64), Revision("new", "2" * 64)
@@ -151,4 +152,68 @@ def test_the_fleet_shows_what_is_loaded_and_a_rollout_its_policy() -> None:
 
 def test_the_view_is_json_that_reads_back() -> None:
     shown = view(reports={"r1": report("r1")})
+    assert FleetView.model_validate_json(shown.model_dump_json()) == shown
+
+
+# ---- canaries -----------------------------------------------------------------------------------
+
+LOOK = Verdict(
+    step=0,
+    weight=10.0,
+    outcome=Outcome.INCONCLUSIVE,
+    at=99.0,
+    share=9.5,
+    requests=200,
+    measurements=(Measurement(name="error_rate", outcome=Outcome.PASS, why="it is 0", canary=0.0),),
+)
+STEPS = (Step(weight=10, hold=60), Step(weight=50, hold="manual"))
+CANARY = replace(
+    RUNNING,
+    plan=Plan(adapter="/new", strategy="canary", steps=STEPS, placement="shared"),
+    begun=True,
+    placed_at=90.0,
+    verdicts=(LOOK,),
+)
+
+
+def test_a_running_canary_shows_its_step_its_weight_and_what_was_seen_last() -> None:
+    later = replace(LOOK, outcome=Outcome.FAIL, at=99.5)
+    shown = rollout_view(replace(FLEET, rollout=CANARY), CANARY, latest=later).canary
+    assert shown is not None
+    assert (shown.placement, shown.step, shown.steps) == ("shared", 0, [10, 50])
+    assert (shown.weight, shown.pause, shown.hold_until) == (10, None, 150)
+    [verdict] = shown.verdicts
+    assert (verdict.outcome, verdict.share, verdict.requests) == ("inconclusive", 9.5, 200)
+    assert (verdict.measurements[0].name, verdict.measurements[0].outcome) == ("error_rate", "pass")
+    assert shown.latest is not None
+    assert (shown.latest.outcome, shown.latest.at) == ("fail", 99.5)
+
+
+def test_a_canary_that_waits_says_for_what() -> None:
+    waits = replace(CANARY, state=State.PAUSED, pause=Pause.STEP, step=1)
+    shown = rollout_view(replace(FLEET, rollout=waits), waits).canary
+    assert shown is not None
+    assert (shown.step, shown.weight, shown.pause, shown.hold_until) == (1, 50, "step", None)
+
+
+def test_a_canary_that_has_ended_gets_no_requests_and_keeps_its_verdicts() -> None:
+    over = replace(CANARY, state=State.ABORTED, ended_at=101.0)
+    shown = rollout_view(replace(FLEET, rollout=over), over, latest=LOOK).canary
+    assert shown is not None
+    assert (shown.weight, shown.hold_until, shown.latest) == (0, None, None)
+    assert len(shown.verdicts) == 1
+    assert rollout_view(FLEET, RUNNING).canary is None
+
+
+def test_a_fleet_with_a_canary_is_json_that_reads_back() -> None:
+    shown = fleet_view(
+        replace(FLEET, rollout=CANARY),
+        {"r1": report("r1")},
+        journal_uri="/j",
+        warnings=[],
+        at=100.0,
+        latest=LOOK,
+    )
+    assert shown.rollout is not None
+    assert shown.rollout.canary is not None
     assert FleetView.model_validate_json(shown.model_dump_json()) == shown

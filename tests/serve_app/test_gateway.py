@@ -18,9 +18,9 @@ from ray.serve.handle import _DeploymentResponseBase
 
 from hotswap_lib import AdapterNotFound
 from serve_app import documents
-from serve_app.controller import FleetNotReady, NoSuchRollout, NothingToUndo
 from serve_app.engine import DeadlineExceeded, EngineStopped, GenerationFailed, RevisionNotServed
 from serve_app.gateway import Gateway
+from serve_app.journal import Fenced
 from serve_app.json_body import MOST_NAMES
 from serve_app.lanes import LanesTaken
 from serve_app.openai import (
@@ -31,6 +31,14 @@ from serve_app.openai import (
     RequestRefused,
 )
 from serve_app.presence import Presence
+from serve_app.probes import ProbeInvalid
+from serve_app.refusals import (
+    FleetNotReady,
+    KeyReused,
+    NoSuchRollout,
+    NothingToUndo,
+    PlanImpossible,
+)
 from serve_app.responses import (
     NamedToken,
     Piece,
@@ -168,7 +176,10 @@ class FakeModel:
         return Responses(request, [[1]], model="tiny", revision=self.revision, replica="r1")
 
     def whole(
-        self, request: ChatRequest | CompletionRequest, _pin: str | None = None
+        self,
+        request: ChatRequest | CompletionRequest,
+        _pin: str | None = None,
+        _session: str | None = None,
     ) -> dict[str, Any]:
         piece = Piece(index=0, text="hi", token_ids=[2], scores=SCORES, reason="stop")
         return self.responses(request).whole([piece])
@@ -186,11 +197,11 @@ SCORES = [TokenScore(NamedToken("h", b"h", -0.5), [NamedToken("h", b"h", -0.5)],
 NAMES = {"model": "tiny", "revision": REVISION, "replica": "r1"}
 
 
-def embedded(request: EmbeddingRequest, _pin: str | None = None) -> dict[str, Any]:
+def embedded(request: EmbeddingRequest, *_: str | None) -> dict[str, Any]:
     return embedding_document(request, [[0.5]] * len(request.input), tokens=3, **NAMES)
 
 
-def classified(request: ClassifyRequest, _pin: str | None = None) -> dict[str, Any]:
+def classified(request: ClassifyRequest, *_: str | None) -> dict[str, Any]:
     probs = [[0.25, 0.75]] * len(request.input)
     return classification_document(request, probs, ["bad", "good"], tokens=3, **NAMES)
 
@@ -201,7 +212,11 @@ class FakeController:
         self.rollouts = Method(lambda: [ROLLOUT], fault)
         self.rollout = Method(lambda _id: ROLLOUT, fault)
         self.start_rollout = Method(lambda _plan: ROLLOUT, fault)
+        self.promote = Method(lambda _id: ROLLOUT, fault)
         self.abort = Method(lambda _id: ROLLOUT, fault)
+        self.pause = Method(lambda _id: ROLLOUT, fault)
+        self.resume = Method(lambda _id: ROLLOUT, fault)
+        self.retry = Method(lambda _id: ROLLOUT, fault)
         self.undo = Method(lambda: ROLLOUT, fault)
         self.load_adapter = Method(lambda _name, _path: ADAPTER, fault)
         self.unload_adapter = Method(lambda _name: ADAPTER, fault)
@@ -263,8 +278,8 @@ def test_an_answer_names_its_revision_and_its_replica_in_the_headers(
 def test_the_model_gets_the_request_as_it_was_asked() -> None:
     door = Door()
     door("POST", "/v1/chat/completions", json=CHAT | {"temperature": 0, "max_tokens": 3})
-    [[request, pin]] = door.model.chat.asked
-    assert pin is None
+    [[request, pin, session]] = door.model.chat.asked
+    assert (pin, session) == (None, None)
     assert (request.temperature, request.wanted_tokens) == (0.0, 3)
     assert request.messages[0].text == "hello"
 
@@ -483,8 +498,27 @@ def test_the_pin_of_the_header_reaches_the_model(
     response = door("POST", path, json=body | {"model": "tiny"}, headers=pinned)
     assert response.status_code == 200
     assert response.headers["x-adapter-revision"] == REVISION
-    [[request, pin]] = getattr(door.model, method).asked
+    [[request, pin, _]] = getattr(door.model, method).asked
     assert (request.model, pin) == ("tiny", REVISION)
+
+
+@pytest.mark.parametrize(("path", "body", "method"), ASKED)
+def test_the_session_of_the_header_reaches_the_model(
+    path: str, body: dict[str, Any], method: str
+) -> None:
+    door = Door()
+    assert door("POST", path, json=body, headers={"x-session-id": "s-1"}).status_code == 200
+    [[_, _, session]] = getattr(door.model, method).asked
+    assert session == "s-1"
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        body = CHAT if "chat" in path else TEXT
+        door("POST", path, json=body | {"stream": True}, headers={"x-session-id": "s-2"})
+    assert [session for _, _, session in door.model.stream.asked] == ["s-2", "s-2"]
+
+
+def test_a_session_as_long_as_a_novel_is_refused() -> None:
+    response = Door()("POST", "/v1/completions", json=TEXT, headers={"x-session-id": "s" * 1025})
+    assert (response.status_code, code_of(response)) == (400, "invalid_parameter")
 
 
 @pytest.mark.parametrize("more", [{}, {"stream": True}])
@@ -564,6 +598,118 @@ def test_a_controller_that_is_gone_keeps_nobody_from_asking() -> None:
     assert door("POST", "/v1/completions", json=TEXT).status_code == 200
 
 
+# ---- replicas that die --------------------------------------------------------------------------
+
+DIED = [
+    ray.exceptions.ActorDiedError(),
+    ray.exceptions.ActorUnavailableError("gone for now", None),
+    EngineStopped(),
+]
+
+
+class Dying:
+    """A method of a handle whose first calls end with their replica."""
+
+    def __init__(self, method: Any, *deaths: Exception) -> None:
+        self.method, self.deaths = method, list(deaths)
+        self.asked = method.asked
+
+    def remote(self, *arguments: Any) -> Call:
+        self.method.fault = self.deaths.pop(0) if self.deaths else None
+        call: Call = self.method.remote(*arguments)
+        return call
+
+
+@pytest.mark.parametrize("death", DIED, ids=lambda death: type(death).__name__)
+@pytest.mark.parametrize(("path", "body", "method"), ASKED)
+def test_a_request_whose_replica_died_is_asked_again(
+    path: str, body: dict[str, Any], method: str, death: Exception
+) -> None:
+    door = Door()
+    dying = Dying(getattr(door.model, method), death, death)
+    setattr(door.model, method, dying)
+    headers = {"x-adapter-revision": REVISION, "x-session-id": "s-1"}
+    assert door("POST", path, json=body, headers=headers).status_code == 200
+    assert [(pin, session) for _, pin, session in dying.asked] == [(REVISION, "s-1")] * 3
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}])
+def test_a_request_that_has_cost_three_replicas_is_not_asked_again(more: dict[str, Any]) -> None:
+    door = Door()
+    door.model.complete.fault = door.model.stream.fault = ray.exceptions.ActorDiedError()
+    response = door("POST", "/v1/completions", json=TEXT | more)
+    assert (response.status_code, code_of(response)) == (503, "replica_died")
+    assert len(door.model.complete.asked) + len(door.model.stream.asked) == 3
+
+
+class DyingStream(StreamMethod):
+    """`deaths`: for each call, after how many chunks its replica dies; then none does."""
+
+    def __init__(self, answer: Callable[..., Any], *deaths: int) -> None:
+        super().__init__(answer)
+        self.deaths = list(deaths)
+        self.breaks_with = ray.exceptions.ActorDiedError()
+
+    def remote(self, *arguments: Any) -> Call:
+        self.asked.append(arguments)
+        return Call(self._until_death(arguments[0], self.deaths.pop(0) if self.deaths else None))
+
+    async def _until_death(self, request: Any, death: int | None) -> AsyncIterator[dict[str, Any]]:
+        for chunk in self.answer(request)[:death]:
+            yield chunk
+        if death is not None:
+            raise self.breaks_with
+
+
+def test_a_stream_whose_replica_died_before_its_first_chunk_begins_on_another() -> None:
+    door = Door()
+    stream: Any = DyingStream(door.model.chunks, 0, 0)
+    door.model.stream = stream
+    response = door("POST", "/v1/completions", json=TEXT | {"stream": True})
+    assert events(response)[-1] == "[DONE]"
+    assert (len(events(response)), len(stream.asked)) == (4, 3)
+
+
+def test_a_stream_whose_replica_died_after_its_first_chunk_is_not_begun_again() -> None:
+    door = Door()
+    stream: Any = DyingStream(door.model.chunks, 1)
+    door.model.stream = stream
+    response = door("POST", "/v1/completions", json=TEXT | {"stream": True})
+    first, last = events(response)
+    assert "error" not in json.loads(first)
+    assert json.loads(last)["error"]["code"] == "replica_died"
+    assert len(stream.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        GenerationFailed("no"),
+        DeadlineExceeded(3.0),
+        RevisionNotServed("x", (REVISION,)),
+        RequestRefused(400, "context_length_exceeded", "too long"),
+        BackPressureError(num_queued_requests=1, max_queued_requests=1),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+@pytest.mark.parametrize("more", [{}, {"stream": True}])
+def test_what_would_fail_again_is_asked_once(fault: Exception, more: dict[str, Any]) -> None:
+    door = Door(FakeModel(fault))
+    assert not door("POST", "/v1/completions", json=TEXT | more).is_success
+    assert len(door.model.complete.asked) + len(door.model.stream.asked) == 1
+
+
+def test_a_request_whose_last_replica_died_is_told_that_nobody_is_there() -> None:
+    model = FakeModel(ray.exceptions.ActorDiedError())
+    fleets = iter([FLEET])
+    controller = FakeController()
+    controller.fleet.answer = lambda: next(fleets, NOBODY)
+    door = Door(model, controller)
+    door("POST", "/v1/completions", json=TEXT)
+    response = door("POST", "/v1/completions", json=TEXT)
+    assert response.status_code == 503
+
+
 # ---- wrong addresses and refusals ---------------------------------------------------------------
 
 
@@ -632,7 +778,10 @@ ADMIN: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", "/admin/rollouts", {}),
     ("GET", "/admin/rollouts/rollout-1", {}),
     ("POST", "/admin/rollouts", {"json": {"adapter": "org/pirate"}}),
-    ("POST", "/admin/rollouts/rollout-1/abort", {}),
+    *(
+        ("POST", f"/admin/rollouts/rollout-1/{verb}", {})
+        for verb in ("promote", "abort", "pause", "resume", "retry")
+    ),
     ("POST", "/admin/undo", {}),
     ("POST", "/v1/load_lora_adapter", {"json": {"lora_name": "terse", "lora_path": "/terse"}}),
     ("POST", "/v1/unload_lora_adapter", {"json": {"lora_name": "terse"}}),
@@ -666,13 +815,64 @@ def test_starting_a_rollout_hands_the_plan_to_the_controller() -> None:
     assert response.status_code == 201
     assert RolloutView.model_validate_json(response.text) == ROLLOUT
     assert door.controller.start_rollout.asked == [(Plan.model_validate(plan),)]
+    guards = {"expected_generation": None, "key": None}
+    assert door.controller.start_rollout.named == [guards]
+    path, headers = "/admin/rollouts?expected_generation=0", {"idempotency-key": "k"}
+    assert door("POST", path, json=plan, headers=headers).status_code == 201
+    assert door.controller.start_rollout.named[1] == {"expected_generation": 0, "key": "k"}
 
 
-def test_abort_and_undo_reach_the_controller() -> None:
+CONTROL = [
+    ("/admin/rollouts/rollout-1/promote", "promote", ("rollout-1",), {"full": False}),
+    ("/admin/rollouts/rollout-1/abort", "abort", ("rollout-1",), {}),
+    ("/admin/rollouts/rollout-1/pause", "pause", ("rollout-1",), {}),
+    ("/admin/rollouts/rollout-1/resume", "resume", ("rollout-1",), {}),
+    ("/admin/rollouts/rollout-1/retry", "retry", ("rollout-1",), {}),
+    ("/admin/undo", "undo", (), {"to": None}),
+]
+
+
+@pytest.mark.parametrize(("path", "verb", "arguments", "more"), CONTROL)
+def test_a_verb_reaches_the_controller_with_its_key_and_the_generation_that_was_seen(
+    path: str, verb: str, arguments: tuple[str, ...], more: dict[str, Any]
+) -> None:
     door = Door()
-    assert door("POST", "/admin/rollouts/rollout-1/abort").status_code == 200
-    assert door("POST", "/admin/undo").status_code == 201
-    assert (door.controller.abort.asked, door.controller.undo.asked) == ([("rollout-1",)], [()])
+    assert door("POST", path).is_success
+    headers = {"idempotency-key": "nightly 7"}
+    assert door("POST", f"{path}?expected_generation=4", headers=headers).is_success
+    method = getattr(door.controller, verb)
+    assert method.asked == [arguments, arguments]
+    assert method.named == [
+        more | {"expected_generation": None, "key": None},
+        more | {"expected_generation": 4, "key": "nightly 7"},
+    ]
+
+
+def test_a_full_promotion_and_an_undo_to_a_revision_say_so_in_the_query() -> None:
+    door = Door()
+    assert door("POST", "/admin/rollouts/rollout-1/promote?full=true").status_code == 200
+    assert door.controller.promote.named[0]["full"] is True
+    assert door("POST", "/admin/undo", params={"to": "pirate@11111111"}).status_code == 201
+    assert door.controller.undo.named[0]["to"] == "pirate@11111111"
+
+
+@pytest.mark.parametrize(
+    ("query", "headers"),
+    [
+        ("?expected_generation=new", {}),
+        ("?expected_generation=", {}),
+        ("", {"idempotency-key": ""}),
+        ("", {"idempotency-key": "k" * 257}),
+    ],
+)
+def test_a_guard_that_makes_no_sense_is_refused_and_not_ignored(
+    query: str, headers: dict[str, str]
+) -> None:
+    door = Door()
+    for path, verb, *_ in CONTROL:
+        response = door("POST", f"{path}{query}", headers=headers)
+        assert (response.status_code, code_of(response)) == (400, "invalid_parameter")
+        assert getattr(door.controller, verb).asked == []
 
 
 def test_loading_and_unloading_reach_the_controller_with_everything_that_was_said() -> None:
@@ -711,6 +911,10 @@ def test_a_plan_with_an_unknown_field_never_reaches_the_controller() -> None:
         (AdapterAlreadyLoaded("terse", "terse@1", "terse@2"), 409, "adapter_already_loaded"),
         (AdapterNotLoaded("terse"), 404, "adapter_not_loaded"),
         (FleetNotReady(), 503, "fleet_not_ready"),
+        (Fenced(3, 4), 503, "controller_replaced"),
+        (PlanImpossible("no"), 400, "plan_impossible"),
+        (ProbeInvalid("a:b", "is not there"), 400, "probe_invalid"),
+        (KeyReused("k"), 409, "idempotency_key_reused"),
     ],
 )
 def test_what_the_controller_refuses_keeps_its_code(

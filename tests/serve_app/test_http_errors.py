@@ -13,13 +13,21 @@ from starlette.exceptions import HTTPException
 
 import hotswap_lib
 from hotswap_lib import AdapterNotFound, AdapterRefused, ImageCorrupted, RankOverEnvelope
-from serve_app.controller import FleetNotReady, NoSuchRollout, NothingToUndo, PlanImpossible
 from serve_app.engine import DeadlineExceeded, EngineStopped, GenerationFailed, RevisionNotServed
 from serve_app.http_errors import NotAuthorized, describe, respond
 from serve_app.images import RevisionLost
+from serve_app.journal import Fenced
 from serve_app.lanes import LanesTaken
 from serve_app.openai import RequestRefused
 from serve_app.presence import NobodyServes
+from serve_app.probes import ProbeInvalid
+from serve_app.refusals import (
+    FleetNotReady,
+    KeyReused,
+    NoSuchRollout,
+    NothingToUndo,
+    PlanImpossible,
+)
 from serve_app.rollout.state import GenerationMismatch, IllegalEvent
 from serve_app.tenants import (
     AdapterAlreadyLoaded,
@@ -45,6 +53,9 @@ ROWS: list[tuple[Exception, int, str]] = [
     (ImageCorrupted("x@1", "no"), 500, "image_corrupted"),
     (RevisionLost("x@1", "/there"), 500, "revision_lost"),
     (PlanImpossible("no"), 400, "plan_impossible"),
+    (ProbeInvalid("a:b", "cannot be imported"), 400, "probe_invalid"),
+    (KeyReused("k"), 409, "idempotency_key_reused"),
+    (Fenced(3, 4), 503, "controller_replaced"),
     (RevisionNotServed("x", ("y@1",)), 404, "model_not_found"),
     (AdapterNotLoaded("x"), 404, "adapter_not_loaded"),
     (AdapterAlreadyLoaded("x", "x@1", "x@2"), 409, "adapter_already_loaded"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import shutil
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,38 @@ def test_a_copy_that_was_tampered_with_is_not_taken_for_the_revision(
 def test_a_copy_that_is_gone_is_said_to_be_lost(world: TinyWorld, tmp_path: Path) -> None:
     with pytest.raises(HotswapError):
         AdapterStore(str(tmp_path)).load(alpha(world).revision)
+
+
+def test_what_is_dropped_is_gone_and_the_rest_stays(world: TinyWorld, state_uri: str) -> None:
+    store = AdapterStore(state_uri)
+    first, second, third = (load_adapter(world.adapter(n)) for n in ("alpha", "beta", "gamma"))
+    for adapter in (first, second, third):
+        store.keep(adapter)
+    gone = {first.revision.digest, second.revision.digest, "never there"}
+    store.drop(gone, unless=lambda: {second.revision.digest})
+    with pytest.raises(HotswapError):
+        store.load(first.revision)
+    for adapter in (second, third):
+        assert store.load(adapter.revision).revision == adapter.revision
+    store.keep(first)
+    assert store.load(first.revision).revision == first.revision
+
+
+def test_an_adapter_that_is_wanted_again_while_it_is_dropped_is_kept_whole(
+    world: TinyWorld, tmp_path: Path
+) -> None:
+    adapter = load_adapter(world.adapter("alpha"))
+    store = AdapterStore(str(tmp_path))
+    store.keep(adapter)
+
+    def wanted_again() -> tuple[str, ...]:
+        keeping.start()
+        return ()
+
+    keeping = threading.Thread(target=store.keep, args=(adapter,))
+    store.drop({adapter.revision.digest}, unless=wanted_again)
+    keeping.join()
+    assert store.load(adapter.revision).revision == adapter.revision
 
 
 def test_an_accepted_adapter_is_packed_once_and_shared_by_reference(

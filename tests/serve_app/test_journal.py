@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.journal import Entry, Journal, JournalUnreadable
+from serve_app.journal import Entry, Fenced, Journal, JournalUnreadable
 from serve_app.rollout.plan import Plan
 from serve_app.rollout.state import Fleet, Observed, Progress, Rollout, State
+
+from .fakes import bucket
 
 names = st.text(min_size=1, max_size=12)
 times = st.floats(0, 4e9, allow_nan=False)
@@ -29,7 +33,7 @@ plans = st.builds(
     strategy=st.sampled_from(["rolling", "all_at_once"]),
     max_unavailable=st.integers(1, 99),
     in_flight=st.sampled_from([None, "drain", "overlap"]),
-    progress_deadline_s=st.floats(0.001, 86_400),
+    progress_deadline=st.floats(0.001, 86_400),
 )
 rollouts = st.builds(
     Rollout,
@@ -63,8 +67,23 @@ fleets = st.builds(
 )
 
 
-def entry(stable: str = "old") -> Entry:
-    return Entry(fleet=Fleet(stable=stable), declared=None, sources={})
+def entry(stable: str = "old", *, epoch: int = 1) -> Entry:
+    return Entry(fleet=Fleet(stable=stable, epoch=epoch), declared=None, sources={})
+
+
+@pytest.fixture(params=["file", "memory", "s3"])
+def state_uri(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """An empty place of each kind."""
+    match request.param:
+        case "file":
+            yield f"file://{tmp_path}/deep/state"
+        case "memory":
+            yield f"memory://journal-tests/{uuid.uuid4().hex}"
+        case "s3":
+            with bucket(monkeypatch) as uri:
+                yield uri
 
 
 @settings(max_examples=30, deadline=None)
@@ -175,3 +194,112 @@ def test_two_journals_in_memory_do_not_see_each_other() -> None:
     one.write(entry("one"))
     assert two.read() is None
     assert "/apart/one/journal.json" in fsspec.filesystem("memory").find("/apart")
+
+
+# ---- wherever it is -----------------------------------------------------------------------------
+
+
+def test_what_was_written_is_read_wherever_it_is(state_uri: str) -> None:
+    journal = Journal(state_uri)
+    assert (journal.read(), journal.epoch()) == (None, 0)
+    for stable in ("old", "new"):
+        journal.write(entry(stable))
+        assert Journal(state_uri).read() == entry(stable)
+
+
+def test_an_epoch_is_later_than_every_other_and_than_the_one_that_is_known(state_uri: str) -> None:
+    first, second = Journal(state_uri), Journal(state_uri)
+    assert [first.claim(after=0), second.claim(after=0), first.claim(after=0)] == [1, 2, 3]
+    assert second.claim(after=41) == 42
+    assert first.claim(after=7) == 43
+    assert second.epoch() == 43
+
+
+def test_an_epoch_belongs_to_one_however_many_want_one(tmp_path: Path) -> None:
+    together(str(tmp_path), wanted=64)
+
+
+def test_an_epoch_in_a_bucket_belongs_to_one_however_many_want_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with bucket(monkeypatch) as uri:
+        together(uri, wanted=8)
+
+
+def together(uri: str, *, wanted: int) -> None:
+    journals = [Journal(uri) for _ in range(wanted)]
+    with ThreadPoolExecutor(8) as pool:
+        epochs = list(pool.map(lambda journal: journal.claim(after=0), journals))
+    assert len(set(epochs)) == wanted
+    last = journals[epochs.index(max(epochs))]
+    last.write(entry("last", epoch=max(epochs)))
+    for journal, epoch in zip(journals, epochs, strict=True):
+        if journal is not last:
+            with pytest.raises(Fenced):
+                journal.write(entry("late", epoch=epoch))
+    assert last.read() == entry("last", epoch=max(epochs))
+
+
+def test_only_the_last_epochs_are_kept(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path))
+    for _ in range(150):
+        last = journal.claim(after=0)
+    assert (last, journal.epoch()) == (150, 150)
+    assert len(list((tmp_path / "epochs").iterdir())) == 101
+
+
+def test_a_controller_that_was_replaced_writes_no_more(state_uri: str) -> None:
+    old, new = Journal(state_uri), Journal(state_uri)
+    first = old.claim(after=0)
+    old.write(entry("old", epoch=first))
+    second = new.claim(after=first)
+    with pytest.raises(Fenced) as fenced:
+        old.write(entry("older", epoch=first))
+    assert (fenced.value.epoch, fenced.value.by) == (first, second)
+    assert new.read() == entry("old", epoch=first), "also before the newer one has written"
+    new.write(entry("new", epoch=second))
+    assert old.read() == entry("new", epoch=second)
+
+
+class Slow(Journal):
+    """Looks, then is overtaken, then writes."""
+
+    def check(self, epoch: int) -> None:
+        super().check(epoch)
+        Journal(self.uri.removesuffix("/journal.json")).claim(after=epoch)
+
+
+def test_a_decision_that_the_newer_controller_may_not_have_read_is_no_decision(
+    state_uri: str,
+) -> None:
+    slow = Slow(state_uri)
+    with pytest.raises(Fenced):
+        slow.write(entry(epoch=slow.claim(after=0)))
+
+
+def test_an_epoch_that_was_claimed_but_not_yet_used_is_no_reason_to_stop(state_uri: str) -> None:
+    journal = Journal(state_uri)
+    first = journal.claim(after=0)
+    journal.claim(after=first)
+    journal.write(entry(epoch=first))
+    assert journal.read() == entry(epoch=first)
+
+
+def test_what_nobody_can_read_is_put_aside_and_kept(state_uri: str) -> None:
+    journal = Journal(state_uri)
+    fs, path = fsspec.url_to_fs(journal.uri)
+    fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+    fs.pipe_file(path, b"{")
+    with pytest.raises(JournalUnreadable):
+        journal.read()
+    aside = journal.set_aside()
+    assert journal.read() is None
+    assert fs.cat_file(aside) == b"{"
+    journal.write(entry())
+    assert journal.read() == entry()
+
+
+def test_being_replaced_survives_pickle() -> None:
+    error = pickle.loads(pickle.dumps(Fenced(3, 4)))
+    assert (error.epoch, error.by, error.code) == (3, 4, "controller_replaced")
+    assert str(error) == "the controller of epoch 3 was replaced by the one of epoch 4"

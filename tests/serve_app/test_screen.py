@@ -19,11 +19,14 @@ from serve_app.screen import (
 from serve_app.views import (
     AdapterList,
     AdapterView,
+    CanaryView,
     FleetView,
+    MeasurementView,
     ReplicaView,
     RolloutList,
     RolloutView,
     SwapView,
+    VerdictView,
 )
 
 OLD = "pirate@3f2a9c1d"
@@ -62,6 +65,30 @@ FLEET = FleetView(
     history=["base@00000000", OLD],
     journal_uri="/tmp/journal",
     warnings=["the journal is local"],
+)
+
+
+LOOK = VerdictView(
+    step=0,
+    weight=10,
+    outcome="inconclusive",
+    at=2.0,
+    share=9.8125,
+    requests=320,
+    measurements=[
+        MeasurementView(name="error_rate", outcome="pass", why="error_rate is 0.003"),
+        MeasurementView(name="latency p95", outcome="inconclusive", why="31 of 50 [samples]"),
+    ],
+)
+CANARY = ROLLOUT.model_copy(
+    update={
+        "strategy": "canary",
+        "state": "paused",
+        "reason": "step 1 of 2 waits to be promoted",
+        "canary": CanaryView(
+            placement="shared", step=0, steps=[10, 50], weight=10, pause="step", latest=LOOK
+        ),
+    }
 )
 
 
@@ -223,3 +250,63 @@ def test_lists_say_so_when_they_are_empty() -> None:
 
 def test_history_ends_with_the_newest_and_marks_stable() -> None:
     assert drawn(history_screen(FLEET)) == f"1  base@00000000\n2  {OLD}  stable\n"
+
+
+# ---- canaries -----------------------------------------------------------------------------------
+
+
+def with_canary(**changed: object) -> RolloutView:
+    assert CANARY.canary is not None
+    return CANARY.model_copy(update={"canary": CANARY.canary.model_copy(update=changed)})
+
+
+def test_a_canary_in_one_line_says_its_step_its_share_what_it_waits_for_and_its_verdict() -> None:
+    line = rollout_line(CANARY).plain
+    words = "step 1/2  10 %, shared  9.81 % of 320 requests measured  waits to be promoted"
+    assert f"{words}  inconclusive  (step 1 of 2 waits to be promoted)" in line
+    assert "canary  paused" in line
+
+
+@pytest.mark.parametrize(
+    ("pause", "words"),
+    [("asked", "paused by request"), ("failure", "waits after a failure"), ("moon", "moon")],
+)
+def test_a_canary_says_what_it_waits_for(pause: str, words: str) -> None:
+    assert f"  {words}  " in rollout_line(with_canary(pause=pause)).plain
+
+
+def test_a_canary_that_has_ended_shows_its_last_verdict_and_no_weight() -> None:
+    passed = LOOK.model_copy(update={"outcome": "pass", "step": 1})
+    done = with_canary(step=2, weight=0, pause=None, latest=None, verdicts=[LOOK, passed])
+    done = done.model_copy(update={"state": "succeeded", "ended_at": 3.0, "reason": None})
+    assert rollout_line(done).plain.endswith("past step 2/2  9.81 % of 320 requests measured  pass")
+
+
+def test_a_canary_that_nobody_has_looked_at_yet_says_nothing_of_a_verdict() -> None:
+    line = rollout_line(with_canary(latest=None, pause=None)).plain
+    assert "  step 1/2  10 %, shared  (" in line
+    assert "measured" not in line
+
+
+def test_the_fleets_picture_has_the_canary_and_every_measurement() -> None:
+    fleet = FLEET.model_copy(update={"rollout": CANARY})
+    text = drawn(fleet_screen(fleet), 100)
+    assert "canary   step 1/2  10 %, shared  9.81 % of 320 requests measured  waits" in text
+    assert "verdict  pass  error_rate is 0.003" in text
+    assert "inconclusive  31 of 50 [samples]" in text
+    assert "canary" not in drawn(fleet_screen(FLEET))
+
+
+def test_a_pause_that_somebody_wanted_is_no_failure() -> None:
+    for rollout in (CANARY, with_canary(pause="asked")):
+        assert "failure" not in drawn(fleet_screen(FLEET, rollout))
+    asked = ROLLOUT.model_copy(update={"state": "paused", "reason": "paused"})
+    assert "failure" not in drawn(fleet_screen(FLEET, asked))
+    failed = with_canary(pause="failure")
+    assert "failure  rollout r-0007: step 1 of 2" in drawn(fleet_screen(FLEET, failed))
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_canary_fits_into_the_width(width: int) -> None:
+    text = drawn(fleet_screen(FLEET.model_copy(update={"rollout": CANARY})), width)
+    assert max(map(len, text.splitlines())) <= width

@@ -1,0 +1,297 @@
+"""Canaries on two nodes: who gets them, what judges them, and what happens when things die."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+
+from serve_app.client import RequestRefused, ServerUnreachable
+from serve_app.rollout.analysis import Analysis, Check, Limits, Probe
+from serve_app.rollout.plan import Placement, Plan, Step
+from serve_app.views import CanaryView, RolloutView
+
+from .conftest import CPUS, Cluster, deployed
+from .fleet import Fleet, Load, eventually
+from .tiny_world import TinyWorld
+
+REPLICAS = 4
+SHARE_REQUESTS = 2_000
+OPEN = (Step(weight=10, hold="manual"), Step(weight=50, hold="manual"))
+
+
+@pytest.fixture(scope="module")
+def fleet(cluster: Cluster, world: TinyWorld) -> Iterator[Fleet]:
+    """Four replicas, two on each of two nodes; gateway and controller are on the first one."""
+    settings: dict[str, Any] = {"replicas": REPLICAS, "num_cpus": CPUS / 2 - 1, "app": "canary"}
+
+    def second_node() -> None:
+        """Once the first one is full, so that nothing but replicas is on the second."""
+
+        def full() -> bool:
+            model = serve.status().applications["canary"].deployments["Model"]
+            return bool(model.replica_states.get("RUNNING") == REPLICAS // 2)
+
+        eventually(full, within_s=200, what="a full node")
+        cluster.nodes.add_node(num_cpus=CPUS)
+
+    settings |= {"adapter": str(world.adapter("alpha")), "meanwhile": second_node}
+    with deployed(cluster, world, **settings) as running:
+        yield running
+    for node in list(cluster.nodes.worker_nodes):
+        cluster.kill(node)
+
+
+def golden(fleet: Fleet, folder: Path) -> Path:
+    """Questions, and what the stable revision answers to them."""
+    file = folder / "golden.jsonl"
+    prompts = [f"golden {i}" for i in range(4)]
+    bodies = [{"prompt": p, "max_tokens": 6, "temperature": 0} for p in prompts]
+    answers = [fleet.post(body).json()["choices"][0]["text"] for body in bodies]
+    pairs = zip(prompts, answers, strict=True)
+    file.write_text("\n".join(json.dumps({"prompt": p, "answer": a}) for p, a in pairs))
+    return file
+
+
+def canary(fleet: Fleet, name: str, **plan: Any) -> RolloutView:
+    given = {"strategy": "canary", "steps": OPEN} | plan
+    return fleet.client.start(Plan(adapter=str(fleet.world.adapter(name)), **given))
+
+
+def at_step(fleet: Fleet, id: str, step: int) -> CanaryView:
+    """The canary once every replica does its part in the step, which waits to be promoted."""
+
+    def there() -> CanaryView | None:
+        view = fleet.client.rollout(id)
+        assert not view.ended, view
+        found = view.canary
+        return found if found and (found.step, found.pause) == (step, "step") else None
+
+    found: CanaryView = eventually(there, what=f"step {step}")
+    return found
+
+
+def ended(fleet: Fleet, id: str) -> RolloutView:
+    return fleet.client.wait(id, timeout_s=120)
+
+
+def revisions(fleet: Fleet, sessions: list[str | None]) -> list[str]:
+    """The revision that each of these requests got, many at once."""
+    with (
+        httpx.Client(base_url=fleet.url, timeout=120, limits=httpx.Limits()) as http,
+        ThreadPoolExecutor(16) as pool,
+    ):
+
+        def ask(session: str | None) -> str:
+            body = {"prompt": "x", "max_tokens": 1, "temperature": 0}
+            headers = {} if session is None else {"x-session-id": session}
+            response = http.post("v1/completions", json=body, headers=headers)
+            response.raise_for_status()
+            return response.headers["x-adapter-revision"]
+
+        return list(pool.map(ask, sessions))
+
+
+def test_a_good_adapter_is_promoted_step_by_step_under_load(fleet: Fleet, tmp_path: Path) -> None:
+    target = fleet.world.revision("beta")
+    likely = Probe(
+        function="serve_app.probes:log_likelihood",
+        options={"file": str(held_out(tmp_path))},
+        scores={"canary": Limits(min=-100)},
+    )
+    analysis = Analysis(
+        checks=(Check(metric="error_rate", max=0), Check(metric="latency", max=60)),
+        probes=(likely,),
+        min_samples=5,
+        interval=0.3,
+    )
+    steps = tuple(Step(weight=weight, hold=1.0) for weight in (10, 50, 100))
+    with Load(fleet, clients=6) as load:
+        load.wait_for(20)
+        rollout = ended(fleet, canary(fleet, "beta", steps=steps, analysis=analysis).id)
+        load.wait_for(20)
+    assert rollout.state == "succeeded", rollout
+    assert load.failures == []
+    assert load.mismatched() == []
+    assert {r.revision for r in fleet.settle(replicas=REPLICAS).replicas} == {target}
+    assert rollout.canary is not None
+    verdicts = rollout.canary.verdicts
+    assert [(each.step, each.outcome) for each in verdicts] == [(i, "pass") for i in range(3)]
+    assert all(each.requests > 0 and each.share is not None for each in verdicts)
+    assert all("log_likelihood" in each.measurements[2].name for each in verdicts)
+
+
+def held_out(folder: Path) -> Path:
+    file = folder / "held-out.txt"
+    file.write_text("a line of text\nand another one\n")
+    return file
+
+
+@pytest.mark.parametrize("placement", ["shared", "dedicated"])
+def test_a_garbage_adapter_is_taken_back_at_its_first_step(
+    fleet: Fleet, tmp_path: Path, placement: Placement
+) -> None:
+    stable = fleet.settle(replicas=REPLICAS).stable
+    agrees = Probe(
+        function="serve_app.probes:agreement",
+        options={"file": str(golden(fleet, tmp_path)), "max_tokens": 6},
+        scores={"gain": Limits(min=-0.1)},
+    )
+    with Load(fleet, clients=6) as load:
+        load.wait_for(10)
+        rollout = canary(
+            fleet,
+            "gamma",
+            placement=placement,
+            analysis=Analysis(probes=(agrees,), interval=0.3),
+            steps=(Step(weight=10, hold=60.0), Step(weight=50)),
+        )
+        rollout = ended(fleet, rollout.id)
+        load.wait_for(20)
+    assert rollout.state == "aborted", rollout
+    assert rollout.reason is not None
+    assert "step 1 failed its analysis: serve_app.probes:agreement gain is -1" in rollout.reason
+    view = fleet.settle(replicas=REPLICAS)
+    assert {tuple(replica.serves) for replica in view.replicas} == {(stable,)}
+    assert load.failures == []
+    assert load.mismatched() == []
+    assert rollout.canary is not None
+    assert [(each.step, each.outcome) for each in rollout.canary.verdicts] == [(0, "fail")]
+
+
+@pytest.mark.parametrize(("placement", "step"), [("shared", 0), ("dedicated", 1)])
+def test_the_canarys_share_of_the_answers_is_its_weight(
+    fleet: Fleet, placement: Placement, step: int
+) -> None:
+    rollout = canary(fleet, "gamma", placement=placement)
+    at_step(fleet, rollout.id, 0)
+    for _ in range(step):
+        fleet.client.promote(rollout.id)
+    now = at_step(fleet, rollout.id, step)
+    if placement == "dedicated":  # until those who route have heard of it
+        eventually(
+            lambda: 2 <= Counter(revisions(fleet, [None] * 10))[rollout.target] <= 8,
+            what="requests on both",
+        )
+    before = fleet.client.rollout(rollout.id)
+    got = Counter(revisions(fleet, [None] * SHARE_REQUESTS))
+    share = 100 * got[rollout.target] / SHARE_REQUESTS
+    assert abs(share - now.weight) <= 2, got
+    assert set(got) == {rollout.target, before.previous}
+    fleet.client.abort(rollout.id)
+    assert ended(fleet, rollout.id).state == "aborted"
+
+
+@pytest.mark.parametrize("placement", ["shared", "dedicated"])
+def test_sessions_stay_and_only_join_and_pins_are_kept(fleet: Fleet, placement: Placement) -> None:
+    rollout = canary(fleet, "gamma", placement=placement)
+    sessions: list[str | None] = [f"user {i}" for i in range(60)]
+    members: list[set[str | None]] = []
+    for step, many in enumerate((range(1, 20), range(15, 50))):
+        at_step(fleet, rollout.id, step)
+
+        def on_canary() -> set[str | None]:
+            got = zip(sessions, revisions(fleet, sessions), strict=True)
+            return {session for session, revision in got if revision == rollout.target}
+
+        def settled(many: range = many) -> set[str | None] | None:
+            """Whoever routes to a dedicated canary hears of the step a moment later."""
+            once, again = on_canary(), on_canary()
+            return once if once == again and len(once) in many else None
+
+        members.append(eventually(settled, what="the same sessions on the canary"))
+        if step == 0:
+            fleet.client.promote(rollout.id)
+    assert members[0] < members[1]
+    pins = [rollout.target, rollout.previous]
+    for pin in pins:
+        body = {"prompt": "x", "max_tokens": 1, "model": f"tiny:{pin}"}
+        assert fleet.post(body).headers["x-adapter-revision"] == pin
+        body = {"prompt": "x", "max_tokens": 1}
+        answer = fleet.post(body, headers={"x-adapter-revision": pin})
+        assert answer.headers["x-adapter-revision"] == pin
+    fleet.client.abort(rollout.id)
+    assert ended(fleet, rollout.id).state == "aborted"
+
+
+# ---- a table of what dies at which step -------------------------------------------------------
+
+Kill = Callable[[Fleet, Cluster], None]
+
+
+def kill_controller(fleet: Fleet, _: Cluster) -> None:
+    fleet.process("RolloutController").kill()
+
+
+def kill_replica(fleet: Fleet, _: Cluster) -> None:
+    pids = [replica.pid for replica in fleet.client.fleet().replicas if replica.pid]
+    os.kill(pids[0], signal.SIGKILL)
+
+
+def kill_node(_: Fleet, cluster: Cluster) -> None:
+    [node] = cluster.nodes.worker_nodes
+    cluster.kill(node)
+    cluster.nodes.add_node(num_cpus=CPUS)
+
+
+VICTIMS: dict[str, Kill] = {
+    "controller": kill_controller,
+    "replica": kill_replica,
+    "node": kill_node,
+}
+_turns = itertools.cycle(["beta", "gamma", "alpha"])
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_whatever_dies_at_whichever_step_the_rollout_ends_as_it_would_have(
+    fleet: Fleet, cluster: Cluster, victim: str, step: int
+) -> None:
+    stable = fleet.settle(replicas=REPLICAS).stable
+    name = next(each for each in _turns if fleet.world.revision(each) != stable)
+    with Load(fleet, clients=4) as load:
+        load.wait_for(10)
+        rollout = canary(fleet, name)
+        for now in range(min(step, 1) + 1):
+            at_step(fleet, rollout.id, now)
+            if now < step:
+                fleet.client.promote(rollout.id)
+        VICTIMS[victim](fleet, cluster)  # in the last row: while the whole fleet moves
+        if step < 2:
+            eventually(
+                lambda: fleet.client.rollout(rollout.id).canary is not None, what="the controller"
+            )
+            fleet.settle(replicas=REPLICAS)
+            at_step(fleet, rollout.id, step)
+            promote(fleet, rollout.id)
+        final = ended(fleet, rollout.id)
+        view = fleet.settle(replicas=REPLICAS)
+        load.wait_for(20)
+    assert final.state == "succeeded", final
+    assert (view.stable, final.previous) == (rollout.target, stable)
+    assert {tuple(replica.serves) for replica in view.replicas} == {(rollout.target,)}
+    assert load.failures == [], "the gateway asks again for what a dead replica had"
+    assert load.mismatched() == []
+
+
+def promote(fleet: Fleet, id: str) -> None:
+    """All the way; a controller that has just come back may be asked again with the same key."""
+
+    def asked() -> bool:
+        with suppress(RequestRefused, ServerUnreachable):
+            fleet.client.promote(id, full=True, key=f"all of {id}")
+            return True
+        return False
+
+    eventually(asked, what="the promotion")
