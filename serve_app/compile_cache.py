@@ -108,7 +108,7 @@ def _key(slot: Slot) -> str:
     """Of everything that compiled code depends on and its own cache might not look at."""
     model = slot.model.base_model.model
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
-    facts = {
+    facts: dict[str, Any] = {
         "packages": {name: version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
