@@ -394,7 +394,8 @@ def _plan(fields: dict[str, Any]) -> Plan:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "plan"
-        raise typer.BadParameter(f"{where}: {first['msg']}") from error
+        why = first.get("ctx", {}).get("error") or first["msg"]
+        raise typer.BadParameter(f"{where}: {why}") from error
     if plan.adapter == "base":  # no adapter
         return plan
     return plan.model_copy(update={"adapter": _source(plan.adapter)})

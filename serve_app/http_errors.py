@@ -208,7 +208,8 @@ def _validation(error: RequestValidationError) -> ErrorDetail:
         return _detail("unsupported_parameter", f"{where!r} is not supported here", param=where)
     if first["type"] == "json_invalid":
         return _detail("invalid_json", "the body is not valid JSON")
-    message = f"{where or 'the body'}: {first['msg'].lower()}"
+    said = first.get("ctx", {}).get("error")  # our own words, without pydantic's in front
+    message = f"{where or 'the body'}: {said or first['msg'].lower()}"
     return _detail("invalid_parameter", message, param=where or None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _TEXT = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
@@ -21,4 +21,5 @@ def _seconds(given: Any) -> Any:
     return float(found[1]) * _UNITS[found[2]]
 
 
-Duration = Annotated[float, BeforeValidator(_seconds, json_schema_input_type=float | str)]
+_Text = Annotated[str, Field(pattern=rf"^\s*{_TEXT.pattern}\s*$")]
+Duration = Annotated[float, BeforeValidator(_seconds, json_schema_input_type=float | _Text)]

@@ -11,7 +11,7 @@ import json
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from .analysis import Analysis
 from .duration import Duration
@@ -23,6 +23,14 @@ OnFailure = Literal["rollback", "pause"]
 DAY_S = 86_400.0
 
 
+# told apart beforehand, so that what is wrong with one is not told of the other as well
+Hold = Annotated[
+    Annotated[Duration, Field(ge=0, le=30 * DAY_S), Tag("time")]
+    | Annotated[Literal["manual"], Tag("manual")],
+    Discriminator(lambda given: "manual" if given == "manual" else "time"),
+]
+
+
 class Step(BaseModel):
     """One step of a canary: this share of the requests, for this long at least.
 
@@ -32,7 +40,7 @@ class Step(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weight: Annotated[float, Field(gt=0, le=100, description="percent of the requests")]
-    hold: Annotated[Duration, Field(ge=0, le=30 * DAY_S)] | Literal["manual"] = 0.0
+    hold: Hold = 0.0
 
     @property
     def hold_s(self) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jsonschema
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
@@ -33,5 +36,12 @@ def test_text_without_a_number_and_one_unit_is_refused_with_the_units(text: str)
         DURATION.validate_python(text)
 
 
-def test_the_schema_says_that_a_number_or_text_is_taken() -> None:
-    assert DURATION.json_schema() == {"anyOf": [{"type": "number"}, {"type": "string"}]}
+@pytest.mark.parametrize("good", [3, 0.5, "90s", " 1.5 m "])
+def test_the_schema_takes_numbers_and_text_with_a_unit(good: Any) -> None:
+    jsonschema.validate(good, DURATION.json_schema())
+
+
+@pytest.mark.parametrize("bad", ["90", "manual", "s", None])
+def test_the_schema_takes_no_other_text(bad: Any) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(bad, DURATION.json_schema())
