@@ -99,7 +99,9 @@ def test_a_stream_that_nobody_reads_holds_up_nobody_and_is_whole_when_it_is_read
     assert grown < 40 * size + 32 * 2**20, (grown, size)
 
 
-def test_a_replica_that_is_killed_fails_what_it_ran_and_the_next_one_answers(fleet: Fleet) -> None:
+def test_a_replica_that_is_killed_breaks_its_streams_and_the_next_one_answers(
+    fleet: Fleet,
+) -> None:
     [victim] = fleet.settle(replicas=1).replicas
     assert victim.pid is not None
     with ThreadPoolExecutor(2) as pool:
@@ -108,8 +110,9 @@ def test_a_replica_that_is_killed_fails_what_it_ran_and_the_next_one_answers(fle
         fleet.until_running(2)
         os.kill(victim.pid, signal.SIGKILL)
         answer, broken = whole.result(), streamed.result()
-    assert (answer.status_code, code_of(answer)) == (503, "replica_died")
-    assert answer.headers["retry-after"] == "1"
+    if answer.status_code != 200:  # it was asked again, and the next one was not there in time
+        assert (answer.status_code, code_of(answer)) == (503, "not_ready")
+        assert answer.headers["retry-after"] == "1"
     last = broken.text.strip().rsplit("\n\n")[-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "replica_died"
 

@@ -64,7 +64,8 @@ class TinyWorld:
         base = LlamaForCausalLM.from_pretrained(self.model)
         if revision.startswith("base@"):
             return base.eval()
-        name = self.revisions[revision]
+        digest = revision.rpartition("@")[2]  # the name may be one that a test gave it
+        name = next(n for known, n in self.revisions.items() if known.endswith(f"@{digest}"))
         return PeftModel.from_pretrained(base, str(self.adapter(name))).eval()
 
 
