@@ -18,6 +18,7 @@ import asyncio
 import datetime
 import gc
 import json
+import logging
 import platform
 import statistics
 import sys
@@ -39,8 +40,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.serving_figures import Figure
 from benchmarks.serving_world import SHAPE_TINY, random_adapters, random_model
 from hotswap_lib import Envelope, Layout, Revision, Slot, prepare
-from serve_app import controller as controllers
-from serve_app import images
+from serve_app import images, steering
 from serve_app.causal import CausalEngine
 from serve_app.control_lane import ControlLane
 from serve_app.controller import Controller
@@ -150,7 +150,7 @@ async def _rolled(
         await asyncio.sleep(0.05)
     steps = (Step(weight=10), Step(weight=50))
     with (
-        _counting(controllers, "load_adapter", counted, "reads"),
+        _counting(steering, "load_adapter", counted, "reads"),
         _counting(images, "pack", counted, "packs"),
     ):
         for adapter in adapters[:2]:
@@ -292,6 +292,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small fleets")
     asked = parser.parse_args()
     console = Console(stderr=asked.json == "-")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder, suppress(KeyboardInterrupt):
         model = str(random_model(Path(folder) / "tiny", SHAPE_TINY, dtype=torch.float32))

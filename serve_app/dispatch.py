@@ -11,7 +11,8 @@ import logging
 import time
 from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from hotswap_lib import HotswapError, Layout
@@ -22,7 +23,7 @@ from .journal import Fenced, Journal
 from .messages import Answer, Report, from_key, key
 from .open_reports import OpenReport, OpenReports
 from .rollout.events import Event, Heard, Left, Reported, Ticked
-from .rollout.machine import Documents, desired, silent
+from .rollout.machine import Documents, silent
 from .rollout.state import Desired, Failure, Fleet
 from .settings import Settings
 from .trial import Trial
@@ -30,6 +31,9 @@ from .trial import Trial
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
 _TICK_S = 0.25
+_ACTED_ON = attrgetter(
+    *(each.name for each in fields(Desired) if each.name not in ("generation", "sources"))
+)
 GRACE_S = 300.0  # longer than anything that brings an adapter back takes to fail
 
 
@@ -48,6 +52,7 @@ class Dispatch:
         self._trial = Trial()
         self._fenced: Fenced | None = None
         self._inbox: _Inbox | None = None
+        self._documents: Documents | None = None
         self._deciding = asyncio.Lock()
         self._under_way: set[asyncio.Task[Any]] = set()
         self._grace_s = grace_s
@@ -89,7 +94,7 @@ class Dispatch:
                 async with asyncio.timeout(self._settings.poll_s):
                     await line.changed.wait()
         self._check_fenced()
-        want = desired(self._fleet, report.replica)
+        want = self._desired(report.replica)
         # it could not do what it shall: have it try again, at the pace of its reports
         if not self._has_news(line) and not _failed(report, want):
             return Answer()
@@ -197,11 +202,10 @@ class Dispatch:
             after = await self._intent.decide(event, check=check)
         self._shelf.keep_only(self._intent.needed())
         self._forget(at=event.at)
-        documents = Documents(after)
         for name, line in self._reports.items():
             observed = after.observed.get(name)
             # gone, or sent out and called back before it heard of either: have it say where it is
-            if _is_news(line, documents.of(name)) or observed is None or observed.outdated:
+            if self._has_news(line) or observed is None or observed.outdated:
                 line.changed.set()
         if isinstance(event, Left):
             self._reports.close(event.replica)
@@ -237,7 +241,17 @@ class Dispatch:
 
     def _has_news(self, line: OpenReport) -> bool:
         """Whether the replica acts on something else than what it shall do."""
-        return _is_news(line, desired(self._fleet, line.report.replica))
+        has, want = line.report.acting_on, self._desired(line.report.replica)
+        if has is None or (has.epoch, has.generation) == (want.epoch, want.generation):
+            return has is None
+        # a new generation that changes nothing for it is no news
+        return _ACTED_ON(has) != _ACTED_ON(want)
+
+    def _desired(self, replica: str) -> Desired:
+        """What it shall hold. A decision is looked at once, however many replicas ask."""
+        if self._documents is None or self._documents.fleet is not self._fleet:
+            self._documents = Documents(self._fleet)
+        return self._documents.of(replica)
 
     async def _tick(self) -> None:
         while self._fenced is None:
@@ -267,18 +281,6 @@ class _Inbox:
 
     reports: list[Reported]
     read: asyncio.Task[None]
-
-
-def _is_news(line: OpenReport, want: Desired) -> bool:
-    has = line.report.acting_on
-    if has is None or (has.epoch, has.generation) == (want.epoch, want.generation):
-        return has is None
-    return _content(has) != _content(want)
-
-
-def _content(want: Desired) -> Desired:
-    """What a replica acts on; a new generation that changes nothing for it is no news."""
-    return replace(want, generation=0, sources=())
 
 
 def _failed(report: Report, want: Desired) -> bool:

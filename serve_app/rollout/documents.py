@@ -12,6 +12,7 @@ class Documents:
     """What each replica shall hold now. What is the same for all of them is looked at once."""
 
     def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
         rollout = fleet.running
         forward = rollout is not None and rollout.state is not State.ABORTING
         now = traffic(fleet)
