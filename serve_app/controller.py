@@ -115,6 +115,7 @@ class Controller(Steering):
             journal_uri=self._journal.uri,
             warnings=warnings,
             latest=self._analyst.latest,
+            trial=self._trial,
             at=time.time(),
         )
 

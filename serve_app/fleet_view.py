@@ -10,6 +10,7 @@ from .rollout.analysis import Verdict
 from .rollout.machine import traffic
 from .rollout.state import Fleet, Rollout, State
 from .rollout.walk import progress
+from .trial import Trial
 from .views import (
     CanaryView,
     FleetView,
@@ -20,8 +21,14 @@ from .views import (
 )
 
 
-def rollout_view(fleet: Fleet, rollout: Rollout, *, latest: Verdict | None = None) -> RolloutView:
-    """`latest`: what the analysis saw last of the running one."""
+def rollout_view(
+    fleet: Fleet,
+    rollout: Rollout,
+    *,
+    latest: Verdict | None = None,
+    trial: Trial | None = None,
+) -> RolloutView:
+    """Of the running one, `latest`: what the analysis saw last; `trial`: who got what so far."""
     done = progress(fleet, rollout)
     took_s = None if rollout.ended_at is None else rollout.ended_at - rollout.created_at
     return RolloutView(
@@ -34,7 +41,7 @@ def rollout_view(fleet: Fleet, rollout: Rollout, *, latest: Verdict | None = Non
         in_flight=rollout.plan.in_flight,
         state=rollout.state,
         reason=rollout.reason or None,
-        canary=_canary_view(fleet, rollout, latest),
+        canary=_canary_view(fleet, rollout, latest, trial),
         total=done.total,
         staged=done.staged,
         committed=done.committed,
@@ -44,17 +51,22 @@ def rollout_view(fleet: Fleet, rollout: Rollout, *, latest: Verdict | None = Non
     )
 
 
-def _canary_view(fleet: Fleet, rollout: Rollout, latest: Verdict | None) -> CanaryView | None:
+def _canary_view(
+    fleet: Fleet, rollout: Rollout, latest: Verdict | None, trial: Trial | None
+) -> CanaryView | None:
     plan = rollout.plan
     if plan.strategy != "canary":
         return None
     running = fleet.running is rollout
     now = traffic(fleet) if running else None
+    share, requests = trial.share_of(rollout.target) if trial and running else (None, 0)
     return CanaryView(
         placement=plan.placement or "shared",
         step=rollout.step,
         steps=[step.weight for step in plan.steps],
         weight=100.0 if rollout.state is State.SUCCEEDED else 0.0 if now is None else now.weight,
+        share=None if share is None else round(share, 2),
+        requests=requests,
         pause=rollout.pause,
         hold_until=rollout.hold_until if running else None,
         verdicts=[_verdict_view(verdict) for verdict in rollout.verdicts],
@@ -82,6 +94,7 @@ def fleet_view(
     warnings: list[str],
     at: float,
     latest: Verdict | None = None,
+    trial: Trial | None = None,
 ) -> FleetView:
     return FleetView(
         ready=any(
@@ -94,7 +107,7 @@ def fleet_view(
         loaded=[_short(name) for name in fleet.loaded],
         rollout=None
         if fleet.running is None
-        else rollout_view(fleet, fleet.running, latest=latest),
+        else rollout_view(fleet, fleet.running, latest=latest, trial=trial),
         replicas=[
             _replica_view(fleet, name, reports.get(name), at=at) for name in sorted(fleet.observed)
         ],

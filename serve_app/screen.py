@@ -182,9 +182,9 @@ def _canary_words(rollout: RolloutView, canary: CanaryView) -> list[str]:
     words = [f"step {number}/{last}" if number <= last else f"past step {last}/{last}"]
     if not rollout.ended:
         words.append(f"{canary.weight:g} %, {canary.placement}")
-    verdict = _verdict(canary)
-    if verdict is not None and verdict.share is not None:
-        words.append(f"{verdict.share:.3g} % of {verdict.requests} requests measured")
+    counted = canary if canary.share is not None else _verdict(canary)
+    if counted is not None and counted.share is not None:
+        words.append(f"{counted.share:.3g} % of {counted.requests} requests measured")
     if canary.pause is not None:
         words.append(WAITS.get(canary.pause, canary.pause))
     return words

@@ -254,7 +254,7 @@ class Steering(Dispatch):
             await self._shelf.get(revision, fingerprint)
 
     def _view(self, rollout: Rollout) -> RolloutView:
-        return rollout_view(self._fleet, rollout, latest=self._analyst.latest)
+        return rollout_view(self._fleet, rollout, latest=self._analyst.latest, trial=self._trial)
 
     def _way_here(self) -> InFlight | None:
         """The policy of the rollout that an undo takes back; None: whatever the fleet can."""

@@ -100,7 +100,9 @@ class CanaryView(View):
     placement: str
     step: int = Field(description="the current one, counted from 0; behind the last: all of it")
     steps: list[float] = Field(description="the weights, in percent")
-    weight: float = Field(description="percent of the requests that it gets now")
+    weight: float = Field(description="percent of the requests that it shall get now")
+    share: float | None = Field(default=None, description="percent that it got, in this step")
+    requests: int = Field(default=0, description="those that named no revision, in this step")
     pause: str | None = Field(default=None, description="'asked', 'step' or 'failure'")
     hold_until: float | None = None
     verdicts: list[VerdictView] = []

@@ -189,6 +189,14 @@ def test_the_canarys_share_of_the_answers_is_its_weight(
     got = Counter(revisions(fleet, [None] * requests))
     share = 100 * got[rollout.target] / requests
     assert abs(share - now.weight) <= 2, got
+
+    def measured() -> bool:
+        """Once every replica has reported: the fleet says the same."""
+        seen = fleet.client.rollout(rollout.id).canary
+        assert seen is not None
+        return seen.requests >= requests and abs((seen.share or 0) - now.weight) <= 5
+
+    eventually(measured, what="the measured share")
     assert set(got) == {rollout.target, before.previous}
     fleet.client.abort(rollout.id)
     assert ended(fleet, rollout.id).state == "aborted"

@@ -10,6 +10,7 @@ from serve_app.messages import Report, key
 from serve_app.rollout.analysis import Measurement, Outcome, Verdict
 from serve_app.rollout.plan import Plan, Step
 from serve_app.rollout.state import Failure, Fleet, Observed, Pause, Progress, Rollout, State
+from serve_app.trial import Trial
 from serve_app.views import FleetView, LaneView, StartView, SwapView
 
 OLD, NEW = Revision("old", "1" * 64), Revision("new", "2" * 64)
@@ -187,6 +188,21 @@ def test_a_running_canary_shows_its_step_its_weight_and_what_was_seen_last() -> 
     assert (verdict.measurements[0].name, verdict.measurements[0].outcome) == ("error_rate", "pass")
     assert shown.latest is not None
     assert (shown.latest.outcome, shown.latest.at) == ("fail", 99.5)
+
+
+def test_a_canary_says_the_share_that_it_got_beside_the_one_that_it_shall_get() -> None:
+    class Counted(Trial):
+        def share_of(self, revision: str) -> tuple[float | None, int]:
+            return (9.8765, 810) if revision == CANARY.target else (None, 0)
+
+    fleet = replace(FLEET, rollout=CANARY)
+    shown = rollout_view(fleet, CANARY, trial=Counted()).canary
+    assert shown is not None
+    assert (shown.weight, shown.share, shown.requests) == (10, 9.88, 810)
+    over = replace(CANARY, state=State.ABORTED, ended_at=101.0)
+    shown = rollout_view(replace(FLEET, rollout=over), over, trial=Counted()).canary
+    assert shown is not None
+    assert (shown.share, shown.requests) == (None, 0), "the trial is another one's by now"
 
 
 def test_a_canary_that_waits_says_for_what() -> None:
