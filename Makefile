@@ -32,6 +32,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.latency
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.lane
+	$(BIN)/python -m benchmarks.fleet
 	$(BIN)/python -m benchmarks.serving
 
 # on a machine with a GPU: its tests, then its figures, kept with card, versions and date
