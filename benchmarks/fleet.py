@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import datetime
 import gc
+import itertools
 import json
 import logging
 import platform
@@ -254,6 +255,7 @@ def real(sizes: Sequence[int], model: str, adapters: Sequence[Path]) -> Iterator
             controller: Any = ray.remote(num_cpus=0, max_concurrency=1000)(Decides).remote(state)
             ray.get(controller.start.remote())
             members: list[Any] = []
+            turns = itertools.cycle(adapters)  # never the one that the fleet holds
             for size in sizes:
                 while len(members) < size:
                     some = [
@@ -267,8 +269,8 @@ def real(sizes: Sequence[int], model: str, adapters: Sequence[Path]) -> Iterator
                     ray.get(begun, timeout=300)
                     members += some
                 took = [
-                    ray.get(controller.roll.remote(str(adapters[i % 2])), timeout=120)
-                    for i in range(ROLLOUTS)
+                    ray.get(controller.roll.remote(str(next(turns))), timeout=120)
+                    for _ in range(ROLLOUTS)
                 ]
                 yield Figure(
                     name=f"converge, {size} actors",
