@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
@@ -268,66 +268,31 @@ def promote(
     _follow(client, promoted, watch=watch, as_json=as_json)
 
 
-@rollout_app.command()
-def abort(
-    ctx: typer.Context,
-    id: Id,
-    *,
-    expected_generation: Generation = None,
-    key: Key = None,
-    as_json: Json = False,
-) -> None:
-    """Send every replica back to the stable revision."""
-    client: HotswapClient = ctx.obj
-    aborted = client.abort(id, expected_generation=expected_generation, key=key)
-    _follow(client, aborted, watch=False, as_json=as_json)
+def _steering(verb: Callable[..., RolloutView], help: str) -> None:
+    """A command for a verb of the client that takes a rollout's id and nothing of its own."""
+
+    @rollout_app.command(name=verb.__name__, help=help)
+    def steer(
+        ctx: typer.Context,
+        id: Id,
+        *,
+        expected_generation: Generation = None,
+        key: Key = None,
+        watch: Watch = False,
+        as_json: Json = False,
+    ) -> None:
+        client: HotswapClient = ctx.obj
+        steered = verb(client, id, expected_generation=expected_generation, key=key)
+        _follow(client, steered, watch=watch, as_json=as_json)
 
 
-@rollout_app.command()
-def pause(
-    ctx: typer.Context,
-    id: Id,
-    *,
-    expected_generation: Generation = None,
-    key: Key = None,
-    as_json: Json = False,
-) -> None:
-    """Stay in the current step; nobody else is sent to the target."""
-    client: HotswapClient = ctx.obj
-    paused = client.pause(id, expected_generation=expected_generation, key=key)
-    _follow(client, paused, watch=False, as_json=as_json)
-
-
-@rollout_app.command()
-def resume(
-    ctx: typer.Context,
-    id: Id,
-    *,
-    expected_generation: Generation = None,
-    key: Key = None,
-    watch: Watch = False,
-    as_json: Json = False,
-) -> None:
-    """Go on after a pause."""
-    client: HotswapClient = ctx.obj
-    resumed = client.resume(id, expected_generation=expected_generation, key=key)
-    _follow(client, resumed, watch=watch, as_json=as_json)
-
-
-@rollout_app.command()
-def retry(
-    ctx: typer.Context,
-    id: Id,
-    *,
-    expected_generation: Generation = None,
-    key: Key = None,
-    watch: Watch = False,
-    as_json: Json = False,
-) -> None:
-    """Try again what failed: from its step when it is paused, from its start when it ended."""
-    client: HotswapClient = ctx.obj
-    again = client.retry(id, expected_generation=expected_generation, key=key)
-    _follow(client, again, watch=watch, as_json=as_json)
+_steering(HotswapClient.abort, "Send every replica back to the stable revision.")
+_steering(HotswapClient.pause, "Stay in the current step; nobody else is sent to the target.")
+_steering(HotswapClient.resume, "Go on after a pause.")
+_steering(
+    HotswapClient.retry,
+    "Try again what failed: from its step when it is paused, from its start when it ended.",
+)
 
 
 @adapters_app.command()

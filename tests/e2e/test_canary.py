@@ -88,7 +88,7 @@ def ended(fleet: Fleet, id: str) -> RolloutView:
 def revisions(fleet: Fleet, sessions: list[str | None]) -> list[str]:
     """The revision that each of these requests got, many at once."""
     with (
-        httpx.Client(base_url=fleet.url, timeout=120, limits=httpx.Limits()) as http,
+        httpx.Client(base_url=fleet.url, timeout=120) as http,
         ThreadPoolExecutor(16) as pool,
     ):
 
