@@ -2,55 +2,61 @@
 
 The stages, each with its own type: source (`Adapter`) → pack (`AdapterImage`) → stage (`Staged`)
 → commit (`Receipt`). Whatever can be wrong with an adapter is said before the commit.
+
+Names are imported on first use, so a process that needs only errors and revisions loads no torch.
 """
 
-from .envelope import Envelope
-from .errors import (
-    AdapterConfigInvalid,
-    AdapterFormatRefused,
-    AdapterMerged,
-    AdapterNameInvalid,
-    AdapterNotFound,
-    AdapterRefused,
-    AlreadyCompiled,
-    FeatureOutsideEnvelope,
-    ForeignStaged,
-    HotswapError,
-    ImageCorrupted,
-    ImageRefused,
-    ImageUnreadable,
-    InvalidEnvelope,
-    LayoutMismatch,
-    MissingTensor,
-    NonFinite,
-    NothingToRollBack,
-    NotPrepared,
-    RankMismatch,
-    RankOverEnvelope,
-    RecompiledAfterWarmup,
-    ShapeMismatch,
-    SlotTensorMoved,
-    TargetOutsideEnvelope,
-    VerifyFailed,
-)
-from .guard import CompileGuard
-from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from .image import AdapterImage, null_image, pack
-from .image_file import load_image, save_image
-from .inspection import (
-    Inspection,
-    PaddingCost,
-    inspect_adapter,
-    padding_cost,
-    sketch_layout,
-    suggest_envelope,
-)
-from .layout import Layout
-from .preparation import prepare
-from .revision import BASE, Revision
-from .slot import Slot
-from .source import Adapter, load_adapter
-from .staged import Receipt, Staged
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .envelope import Envelope
+    from .errors import (
+        AdapterConfigInvalid,
+        AdapterFormatRefused,
+        AdapterMerged,
+        AdapterNameInvalid,
+        AdapterNotFound,
+        AdapterRefused,
+        AlreadyCompiled,
+        FeatureOutsideEnvelope,
+        ForeignStaged,
+        HotswapError,
+        ImageCorrupted,
+        ImageRefused,
+        ImageUnreadable,
+        InvalidEnvelope,
+        LayoutMismatch,
+        MissingTensor,
+        NonFinite,
+        NothingToRollBack,
+        NotPrepared,
+        RankMismatch,
+        RankOverEnvelope,
+        RecompiledAfterWarmup,
+        ShapeMismatch,
+        SlotTensorMoved,
+        TargetOutsideEnvelope,
+        VerifyFailed,
+    )
+    from .guard import CompileGuard
+    from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+    from .image import AdapterImage, null_image, pack
+    from .image_file import load_image, save_image
+    from .inspection import (
+        Inspection,
+        PaddingCost,
+        inspect_adapter,
+        padding_cost,
+        sketch_layout,
+        suggest_envelope,
+    )
+    from .layout import Layout
+    from .preparation import prepare
+    from .revision import BASE, Revision
+    from .slot import Slot
+    from .source import Adapter, load_adapter
+    from .staged import Receipt, Staged
 
 __all__ = [
     "BASE",
@@ -104,3 +110,33 @@ __all__ = [
     "sketch_layout",
     "suggest_envelope",
 ]
+
+# module → the public names in it
+_HOMES = {
+    "envelope": ("Envelope",),
+    "errors": ("AdapterConfigInvalid", "AdapterFormatRefused", "AdapterMerged", "AdapterNameInvalid", "AdapterNotFound", "AdapterRefused", "AlreadyCompiled", "FeatureOutsideEnvelope", "ForeignStaged", "HotswapError", "ImageCorrupted", "ImageRefused", "ImageUnreadable", "InvalidEnvelope", "LayoutMismatch", "MissingTensor", "NonFinite", "NothingToRollBack", "NotPrepared", "RankMismatch", "RankOverEnvelope", "RecompiledAfterWarmup", "ShapeMismatch", "SlotTensorMoved", "TargetOutsideEnvelope", "VerifyFailed"),
+    "guard": ("CompileGuard",),
+    "hotswap": ("hotswap_adapter", "prepare_model_for_compiled_hotswap"),
+    "image": ("AdapterImage", "null_image", "pack"),
+    "image_file": ("load_image", "save_image"),
+    "inspection": ("Inspection", "PaddingCost", "inspect_adapter", "padding_cost", "sketch_layout", "suggest_envelope"),
+    "layout": ("Layout",),
+    "preparation": ("prepare",),
+    "revision": ("BASE", "Revision"),
+    "slot": ("Slot",),
+    "source": ("Adapter", "load_adapter"),
+    "staged": ("Receipt", "Staged"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

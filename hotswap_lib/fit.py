@@ -24,7 +24,7 @@ from .errors import (
     TargetOutsideEnvelope,
 )
 from .layout import BIAS, MAGNITUDE, PREFIX, SAVED, Entry, Layout
-from .revision import tensor_digest
+from .digest import tensor_digest
 from .roles import LORA_BIAS
 from .settings import Settings, read_settings, refuse_unsupported
 from .source import Adapter

@@ -1,41 +1,19 @@
-"""A revision: which adapter content this is. source → pack → stage → commit all carry one.
+"""A revision: one immutable adapter content, by name and digest. Needs no torch.
 
-The digest covers the weights in the dtype that they are stored in and the configuration fields
-that change what the adapter computes, and nothing else: renaming a directory, another dropout or
-another author's comment leave it alone; one flipped bit or another alpha do not.
+`hotswap_lib.digest` computes the digest from weights and configuration.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from blake3 import blake3
+from typing import Self
 
 from .errors import AdapterNameInvalid
-from .memory import Bytes
-
-# Field → PEFT's default, so that a config that spells a default out and one that leaves it away
-# are the same revision. Target modules are absent: the tensors' keys say what is there. So is
-# fan_in_fan_out, which PEFT sets to what the base layer's class needs.
-OUTPUT_FIELDS: dict[str, Any] = {
-    "r": 8,
-    "lora_alpha": 8,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "use_rslora": False,
-    "use_dora": False,
-    "bias": "none",
-    "lora_bias": False,
-    "modules_to_save": None,
-}
 
 _NAME = re.compile(r"[^\s@:\x00-\x1f\x7f]+")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_SHORT = 8  # hex characters of the digest that people see
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +21,7 @@ class Revision:
     """One immutable adapter content, shown as ``support-bot@3f2a9c1d``.
 
     Args:
-        name: what people call it; not empty, no whitespace, control character, '@' or ':'.
+        name: the name people use; not empty, no whitespace, control character, '@' or ':'.
         digest: 64 lower-case hex characters, the BLAKE3 of the content.
 
     Raises:
@@ -63,76 +41,23 @@ class Revision:
             raise ValueError(f"a digest is 64 hex characters, not {self.digest!r}")
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.digest[:8]}"
+        return f"{self.name}@{self.digest[:_SHORT]}"
+
+    @property
+    def key(self) -> str:
+        """``name@<64 hex>``: the full text, which `parse` reads back."""
+        return f"{self.name}@{self.digest}"
+
+    @classmethod
+    def parse(cls, key: str) -> Self:
+        """The revision with this `key`. Raises as the constructor does."""
+        name, _, digest = key.rpartition("@")
+        return cls(name, digest)
+
+    def matches(self, pin: str) -> bool:
+        """Whether `pin` is this revision's name, ``name@digest8``, or full key."""
+        return pin in (self.name, str(self), self.key)
 
 
 BASE = Revision("base", "0" * 64)
 """No adapter: the base model as it is."""
-
-
-def revision_of(
-    name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> Revision:
-    """The revision of an adapter content; tensors under their canonical checkpoint keys."""
-    ordered = sorted(tensors)
-    table = [[key, str(tensors[key].dtype), list(tensors[key].shape)] for key in ordered]
-    # patterns as they stand: PEFT takes the first that matches, so their order is content
-    head = json.dumps([table, _output_fields(config)], default=str)
-    # BLAKE3: as collision-resistant as SHA-256 and several times faster, and this is in every swap
-    digest = blake3(head.encode(), max_threads=blake3.AUTO)
-    for run in _runs([tensors[key] for key in ordered]):
-        digest.update(run.data)
-    return Revision(name, digest.hexdigest())
-
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """64 hex characters for the bytes of one tensor."""
-    digest = blake3(max_threads=blake3.AUTO)
-    for run in _runs([tensor]):
-        digest.update(run.data)
-    return digest.hexdigest()
-
-
-def _runs(tensors: Sequence[torch.Tensor]) -> Iterator[Bytes]:
-    """The tensors' bytes one after the other, row-major, without a copy where they are on the CPU.
-
-    What lies in one piece comes in one piece: the tensors of a safetensors file usually do.
-    """
-    first: torch.Tensor | None = None
-    begin = end = 0
-    for tensor in tensors:
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
-            tensor = tensor.detach().cpu().contiguous()
-        start = tensor.data_ptr()
-        if first is not None and start == end and end < _end_of_storage(first):
-            end += tensor.nbytes
-            continue
-        if first is not None:
-            yield _bytes(first, end - begin)
-        first, begin, end = tensor, start, start + tensor.nbytes
-    if first is not None:
-        yield _bytes(first, end - begin)
-
-
-def _end_of_storage(tensor: torch.Tensor) -> int:
-    storage = tensor.untyped_storage()
-    return storage.data_ptr() + storage.nbytes()
-
-
-def _bytes(first: torch.Tensor, nbytes: int) -> Bytes:
-    offset = int(first.storage_offset()) * first.itemsize
-    run = torch.empty(0, dtype=torch.uint8)
-    run.set_(first.untyped_storage(), offset, (nbytes,), (1,))
-    array: Bytes = run.numpy()
-    return array
-
-
-def _output_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for field, default in OUTPUT_FIELDS.items():
-        value = config.get(field)
-        value = default if value is None else value
-        if field == "modules_to_save" and value is not None:
-            value = sorted(value) or None
-        fields[field] = value
-    return fields

@@ -14,7 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from .envelope import Envelope
 from .layers import base_of, lora_layers, refuse_offloaded, saved_modules
 from .layout import BIAS, MAGNITUDE, PREFIX, SAVED, SCALING, Place
-from .revision import tensor_digest
+from .digest import tensor_digest
 from .roles import kind, padding, roles
 
 

@@ -20,7 +20,8 @@ from . import hub, safetensors_bytes
 from .errors import AdapterConfigInvalid, AdapterFormatRefused, AdapterNotFound
 from .layout import PREFIX
 from .memory import Bytes, allocate
-from .revision import Revision, revision_of
+from .digest import revision_of
+from .revision import Revision
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

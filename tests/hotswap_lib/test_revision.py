@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hotswap_lib import BASE, AdapterNameInvalid, Revision
-from hotswap_lib.revision import revision_of
+from hotswap_lib.digest import revision_of
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}
 CONFIG = {"r": 2, "lora_alpha": 4, "peft_type": "LORA"}
