@@ -41,14 +41,15 @@ from transformers import AutoModelForCausalLM
 from benchmarks.serving_figures import Figure
 from benchmarks.serving_world import SHAPE_TINY, random_adapters, random_model
 from hotswap_lib import Envelope, Layout, Revision, Slot, prepare
-from serve_app import images, steering
-from serve_app.causal import CausalEngine
-from serve_app.control_lane import ControlLane
-from serve_app.controller import Controller
-from serve_app.messages import Answer, Report, from_key
+from serve_app.controller import images
+from serve_app.controller import rollout_requests as steering
+from serve_app.controller.deployment import Controller
+from serve_app.engine.causal import CausalEngine
+from serve_app.replica.control_loop import ControlLane
 from serve_app.rollout.plan import Plan, Step
 from serve_app.rollout.state import Desired
 from serve_app.settings import Settings
+from serve_app.wire.reports import Answer, Report, from_key
 
 SIZES = (10, 100, 1_000, 3_000, 10_000)
 QUICK_SIZES = (10, 100, 300)

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from serve_app.app import build
-from serve_app.client import HotswapClient
+from serve_app.client.http import HotswapClient
 
 APP = "lane"
 

@@ -23,7 +23,7 @@ from benchmarks.load import Body, Job, Sample, closed_loop, seen_in
 from benchmarks.serving_world import World
 from serve_app.app import build
 from serve_app.settings import parse
-from serve_app.views import FleetView, RolloutView, StartView
+from serve_app.wire.admin import FleetView, RolloutView, StartView
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = "bench"

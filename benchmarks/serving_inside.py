@@ -25,11 +25,11 @@ from benchmarks.serving_figures import Figure, paired, summary
 from benchmarks.serving_throughput import CANARY, EVERY
 from benchmarks.serving_world import PAGE_TOKENS, World, cores
 from hotswap_lib import CompileGuard, Slot, pack
-from serve_app.attention import make_opaque
-from serve_app.causal import CausalEngine
-from serve_app.loading import load
-from serve_app.regions import compile_layers, compile_regions
-from serve_app.sampling import Sampling
+from serve_app.engine.attention import make_opaque
+from serve_app.engine.causal import CausalEngine
+from serve_app.engine.compile import compile_layers, compile_regions
+from serve_app.engine.sampling_params import Sampling
+from serve_app.replica.loading import load
 from serve_app.settings import parse
 
 BATCHES = (1, 8, 32)

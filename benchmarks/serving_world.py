@@ -15,7 +15,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from serve_app import embedded
+from serve_app.replica import embedded_model as embedded
 from serve_app.settings import EMBEDDED, Settings
 
 ADAPTERS = ("pirate", "terse_json", "shakespeare")  # the first is what is measured with

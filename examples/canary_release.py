@@ -16,10 +16,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from serve_app.client import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
+from serve_app.client.http import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
+from serve_app.client.terminal import rollout_line
 from serve_app.rollout.analysis import Analysis, Check, Comparison, Limits, Probe
 from serve_app.rollout.plan import Plan, Step
-from serve_app.screen import rollout_line
 
 
 def plan(adapter: str, *, golden: str | None, hold: str, min_samples: int) -> Plan:

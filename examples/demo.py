@@ -28,11 +28,11 @@ from examples.demo_reference import (
     summary,
 )
 from examples.demo_server import FIRST, PORT, REPLICAS, DemoFailed, Server, free_port
-from serve_app import embedded
-from serve_app.client import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
+from serve_app.client.http import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
+from serve_app.client.terminal import rollout_line
+from serve_app.replica import embedded_model as embedded
 from serve_app.rollout.plan import Plan
-from serve_app.screen import rollout_line
-from serve_app.views import FleetView
+from serve_app.wire.admin import FleetView
 
 SECOND, THIRD = "terse_json", "shakespeare"
 ANSWERS_PER_REPLICA = 3  # under each revision, before the next swap

@@ -22,8 +22,8 @@ from rich.panel import Panel
 from rich.spinner import Spinner
 from rich.text import Text
 
-from serve_app.screen import fleet_screen, revision_style, rollout_line
-from serve_app.views import FleetView, RolloutView
+from serve_app.client.terminal import fleet_screen, revision_style, rollout_line
+from serve_app.wire.admin import FleetView, RolloutView
 
 # For each of these the reference is sure of every token under every adapter: its best one leads by
 # 0.13 logits or more, a thousand times what another batch shape changes in float32.

@@ -21,8 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from examples.demo_load import MAX_TOKENS, QUESTIONS, Answer, by_revision
-from serve_app.screen import revision_style, short_ids
-from serve_app.views import ReplicaView, RolloutView, SwapView
+from serve_app.client.terminal import revision_style, short_ids
+from serve_app.wire.admin import ReplicaView, RolloutView, SwapView
 
 EXAMPLES_SHOWN = 5
 

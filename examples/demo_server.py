@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from serve_app import embedded
+from serve_app.replica import embedded_model as embedded
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = "serve_app.app:build"

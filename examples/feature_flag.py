@@ -22,9 +22,9 @@ from collections.abc import Sequence
 
 import fsspec
 
-from serve_app.client import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
+from serve_app.client.http import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
 from serve_app.rollout.plan import Plan, Step
-from serve_app.views import RolloutView
+from serve_app.wire.admin import RolloutView
 
 WEIGHTS = (1, 5, 10, 25, 50)
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import fsspec
 
-from serve_app.client import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
+from serve_app.client.http import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
 from serve_app.rollout.plan import Plan
 
 

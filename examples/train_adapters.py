@@ -247,7 +247,7 @@ def parse_args() -> argparse.Namespace:
 
 def embedded_base() -> Path:
     """The base model of the demo; imported late, because `--base` makes it unnecessary."""
-    from serve_app.embedded import base_model_path
+    from serve_app.replica.embedded_model import base_model_path
 
     return Path(base_model_path())
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .digest import tensor_digest
 from .envelope import Envelope
 from .errors import (
     AdapterConfigInvalid,
@@ -24,7 +25,6 @@ from .errors import (
     TargetOutsideEnvelope,
 )
 from .layout import BIAS, MAGNITUDE, PREFIX, SAVED, Entry, Layout
-from .digest import tensor_digest
 from .roles import LORA_BIAS
 from .settings import Settings, read_settings, refuse_unsupported
 from .source import Adapter

@@ -11,10 +11,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
+from .digest import tensor_digest
 from .envelope import Envelope
 from .layers import base_of, lora_layers, refuse_offloaded, saved_modules
 from .layout import BIAS, MAGNITUDE, PREFIX, SAVED, SCALING, Place
-from .digest import tensor_digest
 from .roles import kind, padding, roles
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from . import hub, safetensors_bytes
+from .digest import revision_of
 from .errors import AdapterConfigInvalid, AdapterFormatRefused, AdapterNotFound
 from .layout import PREFIX
 from .memory import Bytes, allocate
-from .digest import revision_of
 from .revision import Revision
 
 CONFIG_FILE = "adapter_config.json"

@@ -16,15 +16,14 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from hotswap_lib import BASE, AdapterRefused, InvalidEnvelope, load_adapter
-
-from . import loading
-from .controller import RolloutController
-from .embedded import EmbeddedModelMissing
-from .gateway import Gateway
-from .loading import UnsupportedModel
-from .replica import Model
-from .router import STATS_PERIOD_S, RevisionRouter
-from .settings import InvalidSettings, Settings, parse
+from serve_app.controller.deployment import RolloutController
+from serve_app.gateway.router import STATS_PERIOD_S, RevisionRouter
+from serve_app.gateway.routes import Gateway
+from serve_app.replica import loading
+from serve_app.replica.deployment import Model
+from serve_app.replica.embedded_model import EmbeddedModelMissing
+from serve_app.replica.loading import UnsupportedModel
+from serve_app.settings import InvalidSettings, Settings, parse
 
 MODEL = "Model"
 CONTROLLER = "RolloutController"

@@ -16,8 +16,8 @@ from typing import Any
 import fsspec
 from ray import serve
 
-from .ledger import PROBE
-from .sampling import TextScore
+from serve_app.engine.request_recorder import PROBE
+from serve_app.engine.sampling_params import TextScore
 
 ProbeFunction = Callable[..., Mapping[str, float]]
 _LOG_LIKELIHOOD = "serve_app.probes:log_likelihood"

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .duration import Duration
+from serve_app.rollout.duration import Duration
 
 Metric = Literal["error_rate", "latency", "time_to_first_token", "tokens_per_second"]
 NoData = Literal["inconclusive", "pass", "fail"]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from . import requests
-from .analysis import Outcome, Verdict
-from .assignment import canaries
-from .events import Judged
-from .plan import Placement
-from .state import Fleet, Pause, Rollout, State, Traffic
-from .walk import fail, to
-from .waves import broken, having, idle, in_service, send
+from serve_app.rollout import requests
+from serve_app.rollout.analysis import Outcome, Verdict
+from serve_app.rollout.assignment import canaries
+from serve_app.rollout.events import Judged
+from serve_app.rollout.plan import Placement
+from serve_app.rollout.state import Fleet, Pause, Rollout, State, Traffic
+from serve_app.rollout.walk import fail, to
+from serve_app.rollout.waves import broken, having, idle, in_service, send
 
 _VERDICTS = 200  # of one rollout: the journal is written whole at every decision
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .canary import traffic
-from .state import Desired, Fleet, State, Traffic
+from serve_app.rollout.canary import traffic
+from serve_app.rollout.state import Desired, Fleet, State, Traffic
 
 
 class Documents:

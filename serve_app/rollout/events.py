@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .analysis import Verdict
-from .plan import Plan
-from .state import Failure, Traffic
+from serve_app.rollout.analysis import Verdict
+from serve_app.rollout.plan import Plan
+from serve_app.rollout.state import Failure, Traffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,13 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar, assert_never
 
-from . import requests
-from .canary import hold_step, judge, place, traffic
-from .documents import Documents, desired, pending
-from .events import Event, Heard, Judged, Left, Reported, Ticked
-from .state import Fleet, Observed, Rollout, State
-from .walk import fail, to
-from .waves import all_serve, all_to_stable, broken, having, idle, send
+from serve_app.rollout import requests
+from serve_app.rollout.canary import hold_step, judge, place, traffic
+from serve_app.rollout.documents import Documents, desired, pending
+from serve_app.rollout.events import Event, Heard, Judged, Left, Reported, Ticked
+from serve_app.rollout.state import Fleet, Observed, Rollout, State
+from serve_app.rollout.walk import fail, to
+from serve_app.rollout.waves import all_serve, all_to_stable, broken, having, idle, send
 
 __all__ = ["Documents", "advance", "desired", "pending", "silent", "traffic"]
 V = TypeVar("V")

@@ -13,8 +13,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from .analysis import Analysis
-from .duration import Duration
+from serve_app.rollout.analysis import Analysis
+from serve_app.rollout.duration import Duration
 
 Strategy = Literal["all_at_once", "rolling", "canary"]
 Placement = Literal["dedicated", "shared"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from .plan import Plan
-from .state import Desired, Fleet, Observed, Rollout, State
+from serve_app.rollout.plan import Plan
+from serve_app.rollout.state import Desired, Fleet, Observed, Rollout, State
 
 
 def restored(fleet: Fleet, *, at: float) -> Fleet:

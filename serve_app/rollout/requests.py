@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from .events import (
+from serve_app.rollout.events import (
     AbortRequested,
     Asked,
     LoadRequested,
@@ -20,8 +20,8 @@ from .events import (
     RetryRequested,
     UnloadRequested,
 )
-from .state import Fleet, GenerationMismatch, IllegalEvent, Pause, Rollout, State
-from .walk import to
+from serve_app.rollout.state import Fleet, GenerationMismatch, IllegalEvent, Pause, Rollout, State
+from serve_app.rollout.walk import to
 
 _KEYS = 200  # of the last requests: who has not heard of its answer asks again soon
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from .analysis import Outcome, Verdict
-from .plan import InFlight, Placement, Plan, Step
+from serve_app.rollout.analysis import Outcome, Verdict
+from serve_app.rollout.plan import InFlight, Placement, Plan, Step
 
 
 class State(StrEnum):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .state import TABLE, TRANSITIONS, State
+from serve_app.rollout.state import TABLE, TRANSITIONS, State
 
 
 def diagram() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .state import TRANSITIONS, Fleet, Pause, Progress, Rollout, State
+from serve_app.rollout.state import TRANSITIONS, Fleet, Pause, Progress, Rollout, State
 
 
 def to(

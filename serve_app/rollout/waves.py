@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
-from .assignment import next_wave
-from .state import Fleet, Rollout
+from serve_app.rollout.assignment import next_wave
+from serve_app.rollout.state import Fleet, Rollout
 
 
 def send(

@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import psutil
 
-from serve_app.client import HotswapClient
+from serve_app.client.http import HotswapClient
 from serve_app.rollout.plan import InFlight, Plan, Strategy
-from serve_app.views import ErrorBody, FleetView, ReplicaView
+from serve_app.wire.admin import ErrorBody, FleetView, ReplicaView
 
 from .tiny_world import TinyWorld
 

@@ -17,10 +17,10 @@ import httpx
 import pytest
 from ray import serve
 
-from serve_app.client import RequestRefused, ServerUnreachable
+from serve_app.client.http import RequestRefused, ServerUnreachable
 from serve_app.rollout.analysis import Analysis, Check, Limits, Probe
 from serve_app.rollout.plan import Placement, Plan, Step
-from serve_app.views import CanaryView, RolloutView
+from serve_app.wire.admin import CanaryView, RolloutView
 
 from .conftest import CPUS, Cluster, deployed
 from .fleet import Fleet, Load, eventually

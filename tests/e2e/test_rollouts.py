@@ -12,7 +12,7 @@ import ray
 from ray import serve
 
 from hotswap_lib import AdapterRefused
-from serve_app.client import RequestRefused
+from serve_app.client.http import RequestRefused
 from serve_app.rollout.plan import InFlight, Plan
 
 from .bad_adapters import BAD, make_bad
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 def hotswap(fleet: Fleet, *words: str) -> subprocess.CompletedProcess[str]:
     """The command line, as a user runs it."""
-    command = [sys.executable, "-m", "serve_app.cli", "--url", fleet.url, *words]
+    command = [sys.executable, "-m", "serve_app.client.cli", "--url", fleet.url, *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 

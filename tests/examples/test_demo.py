@@ -27,7 +27,7 @@ from examples.demo_reference import (
     summary,
 )
 from examples.demo_server import DemoFailed, Server, free_port
-from serve_app.views import ReplicaView, RolloutView, SwapView
+from serve_app.wire.admin import ReplicaView, RolloutView, SwapView
 
 A, B = "a@11111111", "b@22222222"
 QUESTION = QUESTIONS[0]

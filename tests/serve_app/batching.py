@@ -19,7 +19,7 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve.schema import ReplicaRank
 
 from hotswap_lib import AdapterImage, Envelope, Slot, Staged, pack, prepare
-from serve_app.batches import BatchEngine
+from serve_app.engine.batching import BatchEngine
 from tests.hotswap_lib.families import randomize
 
 T = TypeVar("T")

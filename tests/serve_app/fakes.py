@@ -13,11 +13,11 @@ import fsspec
 import pytest
 
 from hotswap_lib import AdapterImage, CompileGuard, Revision, Slot, Staged
-from serve_app.admission import Admission
-from serve_app.engine import Cutover
-from serve_app.ledger import Ledger
+from serve_app.engine.admission import Admission
+from serve_app.engine.engine import Cutover
+from serve_app.engine.request_recorder import Ledger
 from serve_app.rollout.state import Traffic
-from serve_app.views import LaneView
+from serve_app.wire.admin import LaneView
 
 NEVER_S = 10.0
 

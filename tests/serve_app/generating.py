@@ -10,15 +10,14 @@ from typing import Any, NamedTuple, TypeVar
 import pytest
 
 from hotswap_lib import AdapterImage, Slot
-from serve_app.causal import CausalEngine
-from serve_app.engine import Step
-from serve_app.generation import LaneManager
+from serve_app.engine.causal import CausalEngine
+from serve_app.engine.continuous_batching import LaneManager
+from serve_app.engine.engine import Step
+from serve_app.engine.sampling_params import Sampling, TokenLogprobs
 from serve_app.rollout.plan import InFlight
-from serve_app.sampling import Sampling, TokenLogprobs
 from serve_app.settings import Settings
 from tests.e2e.tiny_world import TinyWorld
-
-from .conftest import new_slot
+from tests.serve_app.conftest import new_slot
 
 T = TypeVar("T")
 GREEDY = Sampling(temperature=0.0)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from ray import serve
 
-from serve_app.ledger import PROBE
+from serve_app.engine.request_recorder import PROBE
+from serve_app.engine.sampling_params import TextScore
 from serve_app.probes import Client, ProbeInvalid, agreement, log_likelihood, resolve, run
-from serve_app.sampling import TextScore
 
 HERE = __name__
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hotswap_lib import pack
-from serve_app.embedded import ADAPTERS
-from serve_app.loading import Loaded, load
+from serve_app.replica.embedded_model import ADAPTERS
+from serve_app.replica.loading import Loaded, load
 from serve_app.settings import Settings
 
 pytestmark = pytest.mark.real_model

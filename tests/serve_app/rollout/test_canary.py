@@ -10,8 +10,7 @@ from serve_app.rollout.machine import advance, desired, traffic
 from serve_app.rollout.plan import OnFailure, Placement, Step
 from serve_app.rollout.recovery import restored
 from serve_app.rollout.state import Fleet, Pause, State
-
-from .fleets import (
+from tests.serve_app.rollout.fleets import (
     NEW,
     OLD,
     OTHER,

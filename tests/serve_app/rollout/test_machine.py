@@ -28,8 +28,7 @@ from serve_app.rollout.state import (
     State,
 )
 from serve_app.rollout.walk import progress
-
-from .fleets import (
+from tests.serve_app.rollout.fleets import (
     NEW,
     OLD,
     OTHER,

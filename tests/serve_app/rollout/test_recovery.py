@@ -6,8 +6,7 @@ from serve_app.rollout.events import Ticked
 from serve_app.rollout.machine import advance, desired, pending
 from serve_app.rollout.recovery import rebuilt, restored
 from serve_app.rollout.state import Desired, Fleet, Observed, State
-
-from .fleets import (
+from tests.serve_app.rollout.fleets import (
     NEW,
     OLD,
     OTHER,

@@ -12,8 +12,7 @@ from serve_app.rollout.events import Request, Requested
 from serve_app.rollout.machine import advance, traffic
 from serve_app.rollout.plan import OnFailure
 from serve_app.rollout.state import Fleet, GenerationMismatch, IllegalEvent, Pause, State
-
-from .fleets import (
+from tests.serve_app.rollout.fleets import (
     NEW,
     OLD,
     WATCHED,

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from serve_app.journal import Entry, Journal
+from serve_app.controller.journal import Entry, Journal
 from serve_app.rollout.analysis import Outcome
 from serve_app.rollout.assignment import canaries
 from serve_app.rollout.events import (
@@ -43,9 +43,8 @@ from serve_app.rollout.state import (
     Rollout,
     State,
 )
-
-from .fake_replica import FakeReplica
-from .fleets import (
+from tests.serve_app.rollout.fake_replica import FakeReplica
+from tests.serve_app.rollout.fleets import (
     NEW,
     OLD,
     OTHER,
@@ -61,7 +60,7 @@ from .fleets import (
     retry,
     unload,
 )
-from .test_table import reachable
+from tests.serve_app.rollout.test_table import reachable
 
 TARGETS = [NEW, OTHER, OLD]
 TENANTS = [TENANT, NEW, OLD, "more@5"]

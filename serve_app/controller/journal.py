@@ -1,0 +1,163 @@
+"""The journal: the controller's intent, written before anyone hears of it.
+
+One small JSON document at `<state_uri>/journal.json`, replaced as a whole. Any fsspec URI works; on
+a local disk the replacement is a rename, in an object store a single put, so a reader sees the old
+document or the new one. What replicas hold is not in it: that is asked for again after a restart.
+
+An epoch belongs to whoever creates `<state_uri>/epochs/<number>`, which only one can. A controller
+that finds a later epoch than its own there has been replaced. It looks before it writes, and again
+afterwards, before anybody hears of what it wrote: whoever claims an epoch and then reads has read
+every decision that a replica can know of.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import TypeAdapter
+
+from serve_app.rollout.state import Fleet
+
+_FLEET = TypeAdapter(Fleet)
+_SOURCES = TypeAdapter(dict[str, str])
+_VERSION = 1
+_KEPT = 100  # numbers of epochs; a later one is enough to know that an earlier one is over
+
+
+class JournalUnreadable(Exception):
+    """The journal is there but cannot be understood; nothing was overwritten."""
+
+    code = "journal_unreadable"
+
+    def __init__(self, uri: str, why: str) -> None:
+        super().__init__(uri, why)
+        self.uri, self.why = uri, why
+
+    def __str__(self) -> str:
+        return f"the journal {self.uri} cannot be read: {self.why}"
+
+
+class Fenced(Exception):
+    """Another controller has taken over; this one decides nothing any more."""
+
+    code = "controller_replaced"
+
+    def __init__(self, epoch: int, by: int) -> None:
+        super().__init__(epoch, by)
+        self.epoch, self.by = epoch, by
+
+    def __str__(self) -> str:
+        return f"the controller of epoch {self.epoch} was replaced by the one of epoch {self.by}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """`declared`: the adapter in the settings of that deploy. `sources`: by revision."""
+
+    fleet: Fleet
+    declared: str | None
+    sources: dict[str, str]
+
+
+class Journal:
+    """Reads and replaces one entry. Calls block on I/O: use a thread from async code."""
+
+    def __init__(self, state_uri: str) -> None:
+        self.uri = f"{state_uri.rstrip('/')}/journal.json"
+        # an instance of its own: a transaction belongs to the instance, and threads share those
+        self._fs, self._path = fsspec.url_to_fs(self.uri, skip_instance_cache=True)
+        self._epochs = f"{self._path.rpartition('/')[0]}/epochs"
+        self._mine: set[int] = set()  # claimed here: they are no reason to stop
+
+    def read(self) -> Entry | None:
+        """The last entry, or None when none was written. Raises `JournalUnreadable`."""
+        self._fs.invalidate_cache()  # of listings: another controller may have written it
+        if not self._fs.exists(self._path):
+            return None
+        try:
+            document: dict[str, Any] = json.loads(self._fs.cat_file(self._path))
+            if document["version"] != _VERSION:
+                raise ValueError(f"version {document['version']} is not {_VERSION}")
+            return Entry(
+                fleet=_FLEET.validate_python(document["fleet"]),
+                declared=document["declared"],
+                sources=_SOURCES.validate_python(document["sources"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise JournalUnreadable(self.uri, why) from error
+
+    def epoch(self) -> int:
+        """The latest one that anybody has claimed; 0 when nobody has."""
+        return max(self._claimed(), default=0)
+
+    def claim(self, *, after: int) -> int:
+        """An epoch later than `after` and than every other one, which nobody else will ever get."""
+        self._fs.makedirs(self._epochs, exist_ok=True)
+        taken = self._claimed()
+        epoch = max([after, *taken]) + 1
+        while not self._create(epoch):
+            epoch += 1
+        self._mine.add(epoch)
+        # not the last ones: whoever looked a moment ago would find their numbers free
+        for old in sorted(taken)[:-_KEPT]:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(f"{self._epochs}/{old}")
+        return epoch
+
+    def set_aside(self) -> str:
+        """Out of the way with a journal that nobody can read; returns where it is now."""
+        aside = f"{self._path}.unreadable-{time.time_ns()}"
+        self._fs.mv(self._path, aside)
+        return aside
+
+    def write(self, entry: Entry) -> None:
+        """Replace the entry. When this returns, a crash can no longer lose it.
+
+        Raises `Fenced` when another controller has claimed a later epoch; it may have read this
+        entry or the one before, so nobody may act on it.
+        """
+        document = {
+            "version": _VERSION,
+            "declared": entry.declared,
+            "sources": entry.sources,
+            "fleet": _FLEET.dump_python(replace(entry.fleet, observed={}), mode="json"),
+        }
+        self.check(entry.fleet.epoch)
+        self._fs.makedirs(self._path.rpartition("/")[0], exist_ok=True)
+        # fsspec's transaction moves the file into place when the block ends without an error
+        with self._fs.transaction, self._fs.open(self._path, "wb") as file:
+            file.write(json.dumps(document, indent=1).encode())
+        self.check(entry.fleet.epoch)
+
+    def check(self, epoch: int) -> None:
+        """Raises `Fenced` when the latest epoch is later than this one, and another's."""
+        if (there := self.epoch()) > epoch and there not in self._mine:
+            raise Fenced(epoch, there)
+
+    def _claimed(self) -> list[int]:
+        self._fs.invalidate_cache()
+        try:
+            there = self._fs.ls(self._epochs, detail=False)
+        except FileNotFoundError:  # object stores know no empty folder
+            return []
+        names = (str(path).rstrip("/").rpartition("/")[2] for path in there)
+        return [int(name) for name in names if name.isdigit()]
+
+    def _create(self, epoch: int) -> bool:
+        path = f"{self._epochs}/{epoch}"
+        try:
+            if isinstance(self._fs, LocalFileSystem):
+                # its own `pipe_file` looks and then writes, which two can do at once
+                self._fs.open(path, "xb").close()
+            else:
+                self._fs.pipe_file(path, b"", mode="create")
+        except FileExistsError:
+            return False
+        return True

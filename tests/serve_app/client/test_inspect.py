@@ -1,0 +1,61 @@
+"""`hotswap inspect`, in process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from hotswap_lib import suggest_envelope
+from serve_app.client import cli
+from serve_app.replica.loading import envelope
+from serve_app.settings import parse
+
+ADAPTERS = sorted(
+    str(path) for path in (Path(cli.__file__).parents[1] / "adapters").iterdir() if path.is_dir()
+)
+
+
+def test_it_shows_the_adapters_and_one_envelope_for_all() -> None:
+    result = CliRunner().invoke(cli.app, ["inspect", *ADAPTERS], terminal_width=100)
+    assert result.exit_code == 0, result.output
+    assert "smallest envelope: max_rank=16 target_modules=down_proj," in result.output
+    assert "rsLoRA" in result.output
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in result.output
+
+
+def test_the_envelope_is_what_the_server_takes() -> None:
+    result = CliRunner().invoke(cli.app, ["inspect", *ADAPTERS], terminal_width=100)
+    line = next(line for line in result.output.splitlines() if "smallest envelope: " in line)
+    words = line.partition("smallest envelope: ")[2].split()
+    parsed = parse(dict(word.split("=", 1) for word in words))
+    assert envelope(parsed) == suggest_envelope(ADAPTERS)
+
+
+def test_as_json_it_is_one_document_whose_bytes_add_up() -> None:
+    result = CliRunner().invoke(cli.app, ["inspect", *ADAPTERS, "--json"])
+    document = json.loads(result.output)
+    assert document["envelope"]["max_rank"] == 16
+    assert [Path(one["source"]).name for one in document["adapters"]] == [
+        Path(path).name for path in ADAPTERS
+    ]
+    for one in document["adapters"]:
+        cost = one["cost"]
+        parts = ("own_bytes", "rank_bytes", "absent_bytes", "gap_bytes")
+        assert sum(cost[part] for part in parts) == cost["image_bytes"]
+        assert one["digest"].startswith(one["revision"].partition("@")[2])
+
+
+def test_an_adapter_that_is_not_there_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "nothing")])
+    assert result.exit_code == cli.Exit.REFUSED
+    assert "[adapter_not_found]" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_no_other_command_imports_torch() -> None:
+    script = "import sys, serve_app.client.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -1,0 +1,363 @@
+"""Embeddings and classes: as of plain PEFT models, whatever runs beside them; nothing compiles."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+from serve_app.engine.encoder import EncoderEngine
+from serve_app.engine.pooling import Pooling, pool
+from serve_app.openai.requests import RequestRefused
+from serve_app.replica.serving_encode import EncoderAnswers
+from serve_app.settings import Settings
+from tests.e2e.tiny_world import TinyWorld
+from tests.serve_app.batching import Models, Running, running, texts
+
+VOCABULARY = 300
+LENGTHS = (1, 2, 5, 8, 9, 16, 17, 31, 40, 64, 3, 7)
+BERT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "num_labels": 3,
+}
+LLAMA: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_labels": 3,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    torch.manual_seed(0)
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def classifier(folder: Any) -> Models:
+    base = BertForSequenceClassification(BertConfig(**BERT))
+    return Models(base, folder / "bert-classes", saved=("classifier",), task_type="SEQ_CLS")
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Any) -> Models:
+    return Models(BertModel(BertConfig(**BERT)), folder / "bert")
+
+
+def made(models: Models, pooling: Pooling | None = None, **settings: Any) -> EncoderEngine:
+    given = {"compile": False, "max_batch_size": 8, "batch_wait_s": 0.001}
+    return EncoderEngine(models.slot(), Settings.model_validate(given | settings), pooling=pooling)
+
+
+@pytest.fixture(scope="module")
+def classes(classifier: Models) -> Iterator[Running[EncoderEngine]]:
+    with running(made(classifier), classifier) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def vectors(encoder: Models) -> Iterator[Running[EncoderEngine]]:
+    with running(made(encoder, "mean"), encoder) as started:
+        yield started
+
+
+async def rows(
+    engine: EncoderEngine, inputs: list[list[int]], pin: str | None = None
+) -> tuple[str, torch.Tensor]:
+    """The revision's name and a row for each text; all at once."""
+    async with engine.admit(pin) as ticket:
+        listed = await asyncio.gather(*(engine.run(ticket, ids) for ids in inputs))
+        return ticket.revision.name, torch.tensor(listed)
+
+
+def plain_classes(models: Models, name: str, inputs: list[list[int]]) -> torch.Tensor:
+    model = models.plain(name)
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([ids])).logits.softmax(-1) for ids in inputs])
+
+
+def plain_vectors(
+    models: Models, name: str, inputs: list[list[int]], pooling: Pooling
+) -> torch.Tensor:
+    model = models.plain(name)
+    found = []
+    with torch.no_grad():
+        for ids in inputs:
+            [hidden_LD] = model(torch.tensor([ids])).last_hidden_state
+            by = {"mean": hidden_LD.mean(0), "cls": hidden_LD[0], "last": hidden_LD[-1]}
+            found.append(by[pooling])
+    return torch.nn.functional.normalize(torch.stack(found), dim=-1)
+
+
+# ---- exact answers ------------------------------------------------------------------------------
+
+
+def test_probabilities_are_those_of_a_plain_peft_model_with_the_same_head(
+    classes: Running[EncoderEngine], classifier: Models
+) -> None:
+    inputs = texts(VOCABULARY, *LENGTHS)
+    for name in ("red", "blue", "red"):
+        classes(classes.swap(name))
+        said, found = classes(rows(classes.engine, inputs))
+        assert said == name
+        torch.testing.assert_close(
+            found, plain_classes(classifier, name, inputs), rtol=0, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_embeddings_are_those_of_a_plain_peft_model(encoder: Models, pooling: Pooling) -> None:
+    inputs = texts(VOCABULARY, *LENGTHS)
+    with running(made(encoder, pooling), encoder) as started:
+        started(started.swap("blue"))
+        _, found = started(rows(started.engine, inputs))
+    expected = plain_vectors(encoder, "blue", inputs, pooling)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_embeddings_have_length_one_unless_the_settings_say_otherwise(
+    encoder: Models, normalize: bool
+) -> None:
+    with running(made(encoder, "mean", normalize=normalize), encoder) as started:
+        _, found = started(rows(started.engine, texts(VOCABULARY, 5)))
+    assert (abs(float(found.norm()) - 1) < 1e-5) is normalize
+
+
+def test_what_runs_beside_a_text_does_not_change_its_row(vectors: Running[EncoderEngine]) -> None:
+    inputs = texts(VOCABULARY, 3, 64, 9, 40)
+    _, together = vectors(rows(vectors.engine, inputs))
+    alone = torch.cat([vectors(rows(vectors.engine, [ids]))[1] for ids in inputs])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def test_decoders_classify_by_their_last_token_and_embed_by_it(folder: Any) -> None:
+    inputs = texts(VOCABULARY, *LENGTHS)
+    torch.manual_seed(0)
+    base = LlamaForSequenceClassification(LlamaConfig(**LLAMA))
+    models = Models(base, folder / "llama-classes", saved=("score",), task_type="SEQ_CLS")
+    with running(made(models), models) as started:
+        started(started.swap("red"))
+        _, found = started(rows(started.engine, inputs))
+    expected = plain_classes(models, "red", inputs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+    models = Models(LlamaModel(LlamaConfig(**LLAMA)), folder / "llama")
+    with running(made(models, "last"), models) as started:
+        started(started.swap("red"))
+        _, found = started(rows(started.engine, inputs))
+    expected = plain_vectors(models, "red", inputs, "last")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels", "expected"),
+    [
+        ("multi_label_classification", 3, torch.sigmoid),
+        ("regression", 3, lambda logits: logits),
+        (None, 1, torch.sigmoid),
+        (None, 3, lambda logits: logits.softmax(-1)),
+    ],
+)
+def test_logits_become_what_the_problem_is(
+    folder: Any, problem: str | None, labels: int, expected: Any
+) -> None:
+    config = BertConfig(**{**BERT, "num_labels": labels, "problem_type": problem})
+    models = Models(BertForSequenceClassification(config), folder / f"{problem}-{labels}")
+    [ids] = inputs = texts(VOCABULARY, 6)
+    with running(made(models), models) as started:
+        _, found = started(rows(started.engine, inputs))
+    with torch.no_grad():
+        logits = models.plain("base")(torch.tensor([ids])).logits
+    torch.testing.assert_close(found, expected(logits), rtol=0, atol=1e-5)
+
+
+def test_pooling_sees_no_padding() -> None:
+    hidden_BLD = torch.arange(12.0).view(2, 3, 2)
+    mask_BL = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert pool(hidden_BLD, mask_BL, "mean").tolist() == [[1.0, 2.0], [8.0, 9.0]]
+    assert pool(hidden_BLD, mask_BL, "last").tolist() == [[2.0, 3.0], [10.0, 11.0]]
+    assert pool(hidden_BLD, mask_BL, "cls").tolist() == [[0.0, 1.0], [6.0, 7.0]]
+
+
+# ---- revisions under load -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_flight", ["overlap", "drain"])
+def test_interleaved_revisions_under_load_are_each_exact(encoder: Models, in_flight: Any) -> None:
+    inputs = texts(VOCABULARY, 4, 12, 33)
+    expected = {
+        name: plain_vectors(encoder, name, inputs, "mean") for name in ("base", "red", "blue")
+    }
+    with running(made(encoder, "mean"), encoder) as started:
+        engine = started.engine
+        seen: set[str] = set()
+
+        async def ask(pin: str | None) -> None:
+            while len(seen) < 3:
+                name, found = await rows(engine, inputs, pin)
+                assert pin in (None, name)
+                seen.add(name)
+                torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-5)
+
+        async def story() -> None:
+            await engine.hold(started.staged("blue"))
+            asking = [asyncio.create_task(ask(pin)) for pin in (None, "blue", None)]
+            await asyncio.sleep(0)
+            await engine.cut_over(started.staged("red"), in_flight=in_flight)
+            await asyncio.gather(*asking)
+
+        started(story())
+        assert engine.turns.commits > 0
+
+
+# ---- compiled -----------------------------------------------------------------------------------
+
+
+def test_nothing_compiles_after_warm_up_whatever_shapes_and_revisions_come(
+    encoder: Models,
+) -> None:
+    inputs = texts(VOCABULARY, *LENGTHS)
+    with running(made(encoder, "mean", compile=True), encoder) as started:
+        engine = started.engine
+        assert engine.compiled_regions == 2
+
+        async def story() -> None:
+            await engine.warm_up()
+            for name in ("red", "blue"):
+                await started.swap(name)
+                for some in (
+                    inputs,
+                    inputs[:1],
+                    inputs[1:3],
+                    [[5] * 16] * 8,
+                    [[5] * 8],
+                    inputs[3:8],
+                ):
+                    _, found = await rows(engine, some)
+                    expected = plain_vectors(encoder, name, some, "mean")
+                    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+        started(story())
+        assert (engine.guard.recompiles, engine.guard.limit_hits) == (0, 0)
+
+
+# ---- requests -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world: TinyWorld) -> Any:
+    return PreTrainedTokenizerFast.from_pretrained(world.model)
+
+
+def answers(engine: EncoderEngine, tokenizer: Any, **more: Any) -> EncoderAnswers:
+    settings = Settings(served_model_name="tiny")
+    return EncoderAnswers(engine, tokenizer, settings, replica="r1", **more)
+
+
+def test_embeddings_of_texts_and_token_lists_come_in_their_order(
+    vectors: Running[EncoderEngine], encoder: Models, tokenizer: Any
+) -> None:
+    vectors(vectors.swap("red"))
+    ids = tokenizer("hello")["input_ids"]
+    request = {"input": ["hello", "a much longer text"]}
+    document = vectors(answers(vectors.engine, tokenizer).embeddings(request))
+    same = vectors(answers(vectors.engine, tokenizer).embeddings({"input": ids}))
+    found = torch.tensor([each["embedding"] for each in document["data"]])
+    expected = plain_vectors(encoder, "red", [ids], "mean")
+    torch.testing.assert_close(found[:1], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor([same["data"][0]["embedding"]]), expected, rtol=0, atol=1e-5
+    )
+    assert document["system_fingerprint"] == str(vectors.engine.default)
+    assert document["usage"]["prompt_tokens"] == len("hello") + len("a much longer text")
+    assert document["model"] == "tiny"
+
+
+def test_classes_have_the_labels_of_the_model(
+    classes: Running[EncoderEngine], tokenizer: Any
+) -> None:
+    ask = answers(classes.engine, tokenizer, labels=("no", "maybe", "yes"))
+    document = classes(ask.classify({"input": ["hello", "you"]}))
+    for index, each in enumerate(document["data"]):
+        assert each["index"] == index
+        assert each["label"] == ("no", "maybe", "yes")[each["probs"].index(max(each["probs"]))]
+        assert sum(each["probs"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        ({"input": "x" * 65}, "context_length_exceeded"),
+        ({"input": "x" * 100_000}, "context_length_exceeded"),
+        ({"input": [[1] * 65]}, "context_length_exceeded"),
+        ({"input": [[VOCABULARY]]}, "invalid_parameter"),
+    ],
+)
+def test_what_the_model_cannot_read_is_refused_before_it_is_asked(
+    vectors: Running[EncoderEngine], tokenizer: Any, request_: dict[str, Any], code: str
+) -> None:
+    with pytest.raises(RequestRefused) as refused:
+        vectors(answers(vectors.engine, tokenizer).embeddings(request_))
+    assert (refused.value.status, refused.value.code) == (400, code)
+    assert vectors.engine.admission.running == 0
+
+
+def test_one_text_that_fails_ends_the_request_and_nobody_stays_inside(
+    vectors: Running[EncoderEngine], tokenizer: Any
+) -> None:
+    from serve_app.engine.engine import GenerationFailed
+
+    engine = vectors.engine
+    real, engine.vocabulary = engine.vocabulary, 10**6
+    try:
+        with pytest.raises(GenerationFailed):
+            vectors(answers(engine, tokenizer).embeddings({"input": [[1, 2], [VOCABULARY + 1]]}))
+    finally:
+        engine.vocabulary = real
+    assert engine.admission.running == 0
+
+
+def test_an_encoder_of_several_kinds_of_layers_compiles_completely(folder: Any) -> None:
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_heads=2)
+    models = Models(T5EncoderModel(config), folder / "t5")
+    inputs = texts(VOCABULARY, *LENGTHS)
+    # the graphs are what is counted here; their code would take a minute
+    stance = torch.compiler.set_stance("default", force_backend="eager")
+    with stance, running(made(models, "mean", compile=True), models) as started:
+        engine = started.engine
+
+        async def story() -> torch.Tensor:
+            await engine.warm_up()
+            await started.swap("red")
+            return (await rows(engine, inputs))[1]
+
+        found = started(story())
+        assert (engine.guard.recompiles, engine.guard.limit_hits) == (0, 0)
+    expected = plain_vectors(models, "red", inputs, "mean")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

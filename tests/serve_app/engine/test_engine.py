@@ -1,0 +1,838 @@
+"""What the engine promises about revisions, on a real model: who runs on which, until when.
+
+Every answer here is compared with that of a plain PeftModel of the revision that it names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from hotswap_lib import AdapterImage, Revision
+from hotswap_lib.errors import VerifyFailed
+from serve_app.engine.engine import (
+    DeadlineExceeded,
+    EngineStopped,
+    GenerationFailed,
+    RevisionNotServed,
+    Step,
+)
+from serve_app.engine.lanes import LanesTaken
+from serve_app.engine.request_recorder import PROBE, Tally
+from serve_app.rollout.plan import InFlight
+from serve_app.rollout.state import Traffic
+from serve_app.wire.reports import key
+from tests.e2e.tiny_world import TinyWorld
+from tests.serve_app.fakes import settled, until
+from tests.serve_app.generating import GREEDY, LONG, SHORT, Running, Said, started
+
+BOTH = pytest.mark.parametrize("in_flight", ["drain", "overlap"])
+
+
+@pytest.fixture(scope="module")
+def two(world: TinyWorld, images: dict[str, AdapterImage]) -> Iterator[Running]:
+    """Two lanes, of which nobody loses one to another for long."""
+    for running in started(world, images, lanes=2):
+        running.engine._lanes._turn_s = 0.01
+        yield running
+
+
+@pytest.fixture(scope="module")
+def one(world: TinyWorld, images: dict[str, AdapterImage]) -> Iterator[Running]:
+    """A single lane."""
+    for running in started(world, images, lanes=1):
+        running.engine._lanes._turn_s = 0.01
+        yield running
+
+
+@pytest.fixture
+def make(world: TinyWorld, images: dict[str, AdapterImage]) -> Iterator[Callable[..., Running]]:
+    """An engine with settings of its own."""
+    made: list[Running] = []
+
+    def one_more(**settings: Any) -> Running:
+        made.append(Running(world, images, **settings))
+        made[-1].engine.admission.open()
+        return made[-1]
+
+    yield one_more
+    for running in made:
+        running.close()
+
+
+def staged(running: Running) -> set[str]:
+    """The revisions whose images the engine still has."""
+    return {revision.name for revision in running.engine.turns._staged}
+
+
+def in_lanes(running: Running) -> dict[str, int]:
+    """Revision → how many of its requests run."""
+    lanes = running.engine.lanes()
+    return {lane.revision: lane.running for lane in lanes if lane.revision and lane.running}
+
+
+async def nobody_is_inside(running: Running) -> None:
+    engine = running.engine
+    await until(lambda: engine.admission.running == 0)
+    assert in_lanes(running) == {}
+    assert +engine._running == {}
+    assert not engine._lanes._waiting
+    assert not engine._releasing
+    assert staged(running) == {revision.name for revision in engine.serves}
+    for manager in engine._managers:
+        scheduler = manager.batch_processor.scheduler
+        assert not scheduler.active_requests
+        assert not scheduler.waiting_requests
+        assert manager._notes == {}
+        assert manager.output_router.result_handlers == {}
+
+
+def begin(running: Running, *args: Any, **how: Any) -> asyncio.Task[Said]:
+    """A request as a task: its last step."""
+
+    async def last() -> Said:
+        async with running.steps(*args, **how) as steps:
+            seen = [step async for step in steps]
+        assert seen[-1].finished
+        return seen[-1]
+
+    return asyncio.create_task(last())
+
+
+async def lane_of(running: Running, revision: str, requests: int = 1) -> None:
+    await until(lambda: in_lanes(running).get(revision) == requests)
+
+
+# ---- overlap ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_requests_that_run_finish_on_their_revision_beside_new_ones(
+    two: Running, stream: bool
+) -> None:
+    async def story() -> None:
+        old = await two.swap("alpha")
+        before = [begin(two, SHORT, 60, stream=stream) for _ in range(3)]
+        await lane_of(two, old, 3)
+        new = await two.swap("beta", "overlap")
+        turns = two.engine.turns.commits
+        after = [begin(two, ids, 30, stream=stream) for ids in (SHORT, LONG, SHORT)]
+        steps = await asyncio.gather(*before, *after)
+        assert [step.revision for step in steps] == [old] * 3 + [new] * 3
+        assert two.engine.turns.commits > turns + 5, "they did not run beside each other"
+        for step, ids, tokens in zip(
+            steps, [SHORT] * 4 + [LONG, SHORT], [60] * 3 + [30] * 3, strict=True
+        ):
+            assert two.is_exact(step, ids, tokens)
+        await nobody_is_inside(two)
+
+    two(story())
+
+
+def test_nobody_waits_at_an_overlapping_cutover_and_the_old_revision_is_forgotten_at_its_end(
+    two: Running,
+) -> None:
+    async def story() -> None:
+        old = await two.swap("alpha")
+        long = begin(two, SHORT, 400)
+        await lane_of(two, old)
+        new = await two.swap("beta", "overlap")
+        assert not long.done()
+        quick = await two.answer(SHORT, 4)
+        assert not long.done(), "the new request waited for the old one"
+        assert (quick.revision, two.is_exact(quick, SHORT, 4)) == (new, True)
+        assert staged(two) == {"alpha", "beta"}
+        slow = await long
+        assert (slow.revision, two.is_exact(slow, SHORT, 400)) == (old, True)
+        await nobody_is_inside(two)
+        assert staged(two) == {"beta"}
+        assert [lane.revision for lane in two.engine.lanes()].count(None) == 1
+        assert two.engine.serves == (two.engine.default,)
+
+    two(story())
+
+
+def test_three_cutovers_in_a_row_over_two_lanes_leave_everybody_on_their_revision(
+    two: Running,
+) -> None:
+    async def story() -> None:
+        tasks = []
+        revisions = []
+        await two.swap("gamma")
+        for name in ("alpha", "beta", "gamma", "alpha"):
+            revision = await two.swap(name, "overlap")
+            assert str(two.engine.default) == revision
+            tasks.append(begin(two, LONG, 80))
+            revisions.append(revision)
+            await settled()
+        steps = await asyncio.gather(*tasks)
+        assert [step.revision for step in steps] == revisions
+        assert all(two.is_exact(step, LONG, 80) for step in steps)
+        await nobody_is_inside(two)
+
+    two(story())
+
+
+def test_with_a_single_lane_new_requests_wait_for_old_ones_and_all_are_exact(one: Running) -> None:
+    async def story() -> None:
+        old = await one.swap("alpha")
+        before = begin(one, SHORT, 60)
+        await lane_of(one, old)
+        new = await one.swap("beta", "overlap")
+        assert not before.done()
+        after = begin(one, SHORT, 10)
+        assert (late := await after).revision == new
+        assert before.done()
+        assert one.is_exact(await before, SHORT, 60)
+        assert one.is_exact(late, SHORT, 10)
+        await nobody_is_inside(one)
+
+    one(story())
+
+
+@pytest.mark.parametrize("lanes", ["one", "two"])
+def test_a_long_prompt_is_never_read_from_the_cache_of_another_revision(
+    request: pytest.FixtureRequest, lanes: str
+) -> None:
+    running: Running = request.getfixturevalue(lanes)
+
+    async def story() -> None:
+        for name in ("alpha", "beta", "alpha", "gamma", "beta", "alpha"):
+            revision = await running.swap(name, "overlap")
+            for _ in range(2):  # the second one finds the pages of the first
+                step = await running.answer(LONG)
+                assert (step.revision, running.is_exact(step, LONG)) == (revision, True)
+
+    running(story())
+
+
+# ---- beside the default -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["name", "name@digest8", "full"])
+def test_a_request_that_names_a_revision_runs_on_it(two: Running, form: str) -> None:
+    async def story() -> None:
+        await two.swap("alpha")
+        beta = two.images["beta"].revision
+        pin = {"name": beta.name, "name@digest8": str(beta), "full": f"beta@{beta.digest}"}[form]
+        await two.hold("beta")
+        assert two.engine.serves == (two.images["alpha"].revision, beta)
+        pinned, free = await asyncio.gather(two.answer(LONG, pin=pin), two.answer(LONG))
+        assert (pinned.revision, two.is_exact(pinned, LONG)) == (str(beta), True)
+        assert (free.revision, two.is_exact(free, LONG)) == (two.world.revision("alpha"), True)
+        two.engine.drop(beta)
+        await nobody_is_inside(two)
+
+    two(story())
+
+
+@pytest.mark.parametrize("pin", ["beta", "alpha@00000000", "", "alpha@"])
+def test_a_revision_that_nobody_brought_is_refused_with_those_that_are_there(
+    two: Running, pin: str
+) -> None:
+    async def story() -> None:
+        alpha = await two.swap("alpha")
+        with pytest.raises(RevisionNotServed) as refused:
+            await two.answer(SHORT, pin=pin)
+        assert repr(pin) in str(refused.value)
+        assert str(refused.value).endswith(f"live are {alpha}")
+        assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value)
+        await nobody_is_inside(two)
+
+    two(story())
+
+
+def test_what_runs_on_a_dropped_revision_finishes_and_then_its_memory_is_free(
+    two: Running,
+) -> None:
+    async def story() -> None:
+        await two.swap("alpha")
+        beta = await two.hold("beta")
+        long = begin(two, SHORT, 100, pin="beta")
+        await lane_of(two, beta)
+        two.engine.drop(two.images["beta"].revision)
+        with pytest.raises(RevisionNotServed):
+            await two.answer(SHORT, pin="beta")
+        assert staged(two) == {"alpha", "beta"}
+        step = await long
+        assert (step.revision, two.is_exact(step, SHORT, 100)) == (beta, True)
+        await nobody_is_inside(two)
+        assert staged(two) == {"alpha"}
+
+    two(story())
+
+
+@BOTH
+def test_a_held_revision_stays_when_the_default_moves_on_and_when_it_was_the_default(
+    two: Running, in_flight: InFlight
+) -> None:
+    async def story() -> None:
+        await two.swap("alpha", in_flight)
+        beta = await two.hold("beta")
+        await two.swap("beta", in_flight)
+        await two.swap("gamma", in_flight)
+        step = await two.answer(SHORT, pin="beta")
+        assert (step.revision, two.is_exact(step, SHORT)) == (beta, True)
+        two.engine.drop(two.images["beta"].revision)
+        await nobody_is_inside(two)
+        assert staged(two) == {"gamma"}
+
+    two(story())
+
+
+def test_dropping_the_default_revision_by_name_leaves_it_the_default(two: Running) -> None:
+    async def story() -> None:
+        alpha = await two.swap("alpha")
+        await two.hold("alpha")
+        two.engine.drop(two.images["alpha"].revision)
+        assert (await two.answer(SHORT, pin="alpha")).revision == alpha
+
+    two(story())
+
+
+# ---- more revisions than lanes ------------------------------------------------------------------
+
+
+def test_more_revisions_than_lanes_all_get_exact_answers(two: Running) -> None:
+    async def story() -> None:
+        await two.swap("alpha")
+        await two.hold("beta")
+        await two.hold("gamma")
+        pins = ["alpha", "beta", "gamma"] * 4
+        steps = await asyncio.gather(*(two.answer(LONG, 20, pin=pin) for pin in pins))
+        assert [step.revision for step in steps] == [two.world.revision(pin) for pin in pins]
+        assert all(two.is_exact(step, LONG, 20) for step in steps)
+        for name in ("beta", "gamma"):
+            two.engine.drop(two.images[name].revision)
+        await nobody_is_inside(two)
+
+    two(story())
+
+
+def test_a_full_house_that_refuses_says_so_and_goes_on(make: Callable[..., Running]) -> None:
+    running = make(lanes=2, lane_overflow="refuse")
+
+    async def story() -> None:
+        await running.swap("alpha")
+        beta = await running.hold("beta")
+        await running.hold("gamma")
+        tasks = [begin(running, SHORT, 200, pin=pin) for pin in ("alpha", "beta")]
+        await lane_of(running, beta)
+        with pytest.raises(LanesTaken, match="all 2 lanes are busy"):
+            await running.answer(SHORT, pin="gamma")
+        quick = await running.answer(SHORT, 5, pin="beta")
+        assert running.is_exact(quick, SHORT, 5)
+        for step in await asyncio.gather(*tasks):
+            assert running.is_exact(step, SHORT, 200)
+        step = await running.answer(SHORT, pin="gamma")
+        assert running.is_exact(step, SHORT)
+        await nobody_is_inside(running)
+
+    running(story())
+
+
+# ---- giving up ----------------------------------------------------------------------------------
+
+
+def test_a_request_that_takes_too_long_ends_and_leaves_nothing_behind(
+    make: Callable[..., Running],
+) -> None:
+    running = make(lanes=1, request_timeout_s=0.15)
+
+    async def story() -> None:
+        alpha = await running.swap("alpha")
+        await running.hold("beta")
+        long = [begin(running, SHORT, 1500, stream=stream) for stream in (False, True)]
+        await lane_of(running, alpha, 2)
+        waiting = begin(running, SHORT, 5, pin="beta")  # for the lane
+        ended = await asyncio.gather(*long, waiting, return_exceptions=True)
+        assert [type(error) for error in ended[:2]] == [DeadlineExceeded] * 2
+        assert str(ended[0]) == "the request was not finished after 0.15 s"
+        await nobody_is_inside(running)
+        step = await running.answer(SHORT, 2, pin="beta")
+        assert running.is_exact(step, SHORT, 2)
+
+    running(story())
+
+
+def test_a_request_that_gives_up_waiting_for_a_lane_leaves_nothing_behind(one: Running) -> None:
+    async def story() -> None:
+        alpha = await one.swap("alpha")
+        await one.hold("beta")
+        long = begin(one, SHORT, 100)
+        await lane_of(one, alpha)
+        waiting = [begin(one, SHORT, 5, pin="beta") for _ in range(3)]
+        await until(lambda: bool(one.engine._lanes._waiting))
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+        assert not one.engine._lanes._waiting
+        assert one.engine.admission.running == 1
+        assert one.is_exact(await long, SHORT, 100)
+        one.engine.drop(one.images["beta"].revision)
+        await nobody_is_inside(one)
+
+    one(story())
+
+
+def test_somebody_who_leaves_while_the_lane_is_cleared_takes_nobody_to_the_wrong_revision(
+    one: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        await one.swap("alpha")
+        await one.hold("beta")
+        await one.answer(LONG)
+        manager = one.manager
+        go, forget = threading.Event(), manager.forget_prefixes
+
+        def slowly() -> None:
+            go.wait(10)
+            forget()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(manager, "forget_prefixes", slowly)
+            gone = begin(one, LONG, pin="beta", tokens=5)
+            await until(lambda: one.engine._lanes.all[0].bound == one.images["beta"].revision)
+            await settled()
+            gone.cancel()
+            await asyncio.wait([gone])
+            back = begin(one, LONG, 60, stream=True)
+            await settled()
+            go.set()
+            step = await back
+        assert one.is_exact(step, LONG, 60)
+        one.engine.drop(one.images["beta"].revision)
+        await nobody_is_inside(one)
+
+    one(story())
+
+
+class Blocked:
+    """Makes `slot.verify` wait until it may go on; `fails`: and raise then."""
+
+    def __init__(self, running: Running, *, fails: bool = False) -> None:
+        self.inside, self.go = threading.Event(), threading.Event()
+        verify = running.slot.verify
+
+        def verify_later() -> None:
+            self.inside.set()
+            assert self.go.wait(10)
+            if fails:
+                raise VerifyFailed(str(running.slot.revision), "tensor", "it was changed")
+            verify()
+
+        self.verify = verify_later
+
+
+@BOTH
+def test_a_cutover_that_is_cancelled_while_it_verifies_changes_nothing(
+    two: Running, in_flight: InFlight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        old = await two.swap("alpha")
+        blocked = Blocked(two)
+        with monkeypatch.context() as patch:
+            patch.setattr(two.slot, "verify", blocked.verify)
+            swapping = asyncio.create_task(two.swap("beta", in_flight))
+            await until(blocked.inside.is_set)
+            swapping.cancel()
+            await settled()
+            swapping.cancel()  # however often
+            await settled()
+            assert not swapping.done(), "a thread still writes the weights"
+            blocked.go.set()
+            await asyncio.wait([swapping])
+        assert swapping.cancelled()
+        assert two.engine.admission.is_open
+        step = await two.answer(LONG)
+        assert (step.revision, two.is_exact(step, LONG)) == (old, True)
+        await nobody_is_inside(two)
+        new = await two.swap("beta", in_flight)
+        step = await two.answer(LONG)
+        assert (step.revision, two.is_exact(step, LONG)) == (new, True)
+
+    two(story())
+
+
+@BOTH
+def test_a_cutover_that_does_not_verify_leaves_the_old_default_serving_exactly(
+    two: Running, in_flight: InFlight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        old = await two.swap("alpha")
+        long = begin(two, SHORT, 60) if in_flight == "overlap" else None
+        blocked = Blocked(two, fails=True)
+        blocked.go.set()
+        with monkeypatch.context() as patch:
+            patch.setattr(two.slot, "verify", blocked.verify)
+            with pytest.raises(VerifyFailed):
+                await two.swap("beta", in_flight)
+            with pytest.raises(VerifyFailed):
+                await two.hold("gamma")
+        assert str(two.engine.default) == old
+        assert two.engine.serves == (two.engine.default,)
+        step = await two.answer(LONG)
+        assert (step.revision, two.is_exact(step, LONG)) == (old, True)
+        if long is not None:
+            assert two.is_exact(await long, SHORT, 60)
+        await nobody_is_inside(two)
+        assert staged(two) == {"alpha"}
+
+    two(story())
+
+
+def test_a_cutover_whose_lane_cannot_be_cleared_changes_nothing(
+    two: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        old = await two.swap("alpha")
+        await two.answer(SHORT)
+
+        async def fails(lane: int, revision: Revision) -> None:
+            raise OSError(f"lane {lane} cannot be cleared for {revision}")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(two.engine._lanes, "_clear", fails)
+            with pytest.raises(OSError, match="cannot be cleared"):
+                await two.swap("beta", "overlap")
+        assert str(two.engine.default) == old
+        assert two.is_exact(await two.answer(SHORT), SHORT)
+        await nobody_is_inside(two)
+
+    two(story())
+
+
+def test_an_engine_that_stopped_says_so_to_whoever_needs_another_lane(
+    make: Callable[..., Running],
+) -> None:
+    running = make(lanes=1)
+
+    async def story() -> None:
+        await running.swap("alpha")
+        await running.hold("beta")
+        await running.answer(SHORT)
+        long = begin(running, SHORT, 1500)
+        await lane_of(running, running.world.revision("alpha"))
+        waiting = begin(running, SHORT, 5, pin="beta")
+        await settled()
+        await asyncio.to_thread(running.engine.stop)
+        ended = await asyncio.gather(long, waiting, return_exceptions=True)
+        assert isinstance(ended[0], (EngineStopped, GenerationFailed))
+        assert isinstance(ended[1], EngineStopped)
+        with pytest.raises(EngineStopped):
+            await running.answer(SHORT, pin="beta")
+        assert running.engine.admission.running == 0
+
+    running(story())
+
+
+# ---- everything at once -------------------------------------------------------------------------
+
+
+def test_a_hundred_random_swaps_under_mixed_load_lose_and_mix_nothing(two: Running) -> None:
+    chance = random.Random(7)
+    prompts = [SHORT, LONG, [9]]
+
+    async def story() -> None:
+        await two.swap("alpha")
+        await two.hold("gamma")
+        done = asyncio.Event()
+        steps: list[tuple[Said, list[int], int]] = []
+        left = 0
+
+        async def client(pin: str | None, stream: bool) -> None:
+            nonlocal left
+            while not done.is_set():
+                ids, tokens = chance.choice(prompts), chance.choice([1, 4, 9])
+                if chance.random() < 0.1:  # goes away in the middle
+                    async with two.steps(ids, 50, pin=pin, stream=True) as unfinished:
+                        await anext(unfinished)
+                    left += 1
+                    continue
+                step = await begin(two, ids, tokens, pin=pin, stream=stream)
+                steps.append((step, ids, tokens))
+
+        pins = [None, None, None, "gamma", two.world.revision("gamma")]
+        clients = [asyncio.create_task(client(pin, bool(i % 2))) for i, pin in enumerate(pins)]
+        for _ in range(100):
+            policy: InFlight = chance.choice(["drain", "overlap"])
+            await two.swap(chance.choice(["alpha", "beta", "gamma"]), policy)
+            if chance.random() < 0.3:
+                seen = len(steps)
+                await until(lambda seen=seen: len(steps) > seen)  # type: ignore[misc]
+        done.set()
+        await asyncio.gather(*clients)
+        two.engine.drop(two.images["gamma"].revision)
+        assert len({step.revision for step, _, _ in steps}) == 3
+        assert left > 0
+        assert [s for s, ids, n in steps if not two.is_exact(s, ids, n)] == []
+        await nobody_is_inside(two)
+
+    two(story())
+
+
+# ---- a canary -----------------------------------------------------------------------------------
+
+CANARY = "beta"
+
+
+def full(running: Running, name: str) -> str:
+    return key(running.images[name].revision)
+
+
+def traffic(running: Running, weight: float, trial: str = "r1.1.1", **more: Any) -> Traffic:
+    given: dict[str, Any] = {"canary": full(running, CANARY), "placement": "shared"} | more
+    return Traffic(weight=weight, trial=trial, **given)
+
+
+@asynccontextmanager
+async def canary(running: Running, weight: float, **more: Any) -> AsyncIterator[dict[str, Tally]]:
+    """Alpha is the default, beta beside it has this share; the tallies of what runs meanwhile."""
+    await running.swap("alpha")
+    await running.hold(CANARY)
+    running.engine.go_by(traffic(running, weight, **more))
+    tallies = running.engine.ledger.tallies
+    try:
+        yield tallies
+    finally:
+        running.engine.go_by(None)
+        running.engine.drop(running.images[CANARY].revision)
+        await nobody_is_inside(running)
+
+
+async def admitted_to(running: Running, pin: str | None = None, session: str | None = None) -> str:
+    """Where such a request would run; it does nothing there."""
+    async with running.engine.admit(pin, session) as ticket:
+        return ticket.revision.name
+
+
+@pytest.mark.parametrize("weight", [0.0, 5.0, 50.0, 100.0])
+def test_a_shared_canary_gets_its_weight_of_the_requests_that_name_none(
+    two: Running, weight: float
+) -> None:
+    async def story() -> None:
+        async with canary(two, weight) as tallies:
+            names = [await admitted_to(two) for _ in range(200)]
+            assert abs(names.count(CANARY) - 2 * weight) <= 3
+            assert set(names) <= {"alpha", CANARY}
+            seen = {k.partition("@")[0]: tally for k, tally in tallies.items()}
+            assert {name: names.count(name) for name in set(names)} == {
+                name: tally.chosen for name, tally in seen.items()
+            }
+            step = await two.answer(LONG)
+            assert two.is_exact(step, LONG)
+
+    two(story())
+
+
+def test_a_session_stays_on_the_canary_and_larger_weights_only_add_sessions(two: Running) -> None:
+    sessions = [f"user {i}" for i in range(60)]
+
+    async def story() -> None:
+        before: set[str] = set()
+        async with canary(two, 0):
+            for step, weight in enumerate([10.0, 10.0, 30.0, 80.0, 100.0]):
+                two.engine.go_by(traffic(two, weight, f"r1.{step}.1"))
+                runs = [(s, await admitted_to(two, session=s)) for s in sessions * 2]
+                there = {session for session, name in runs if name == CANARY}
+                assert len([1 for _, name in runs if name == CANARY]) == 2 * len(there)
+                assert before <= there
+                before = there
+        assert before == set(sessions)
+
+    two(story())
+
+
+def test_a_pin_is_never_taken_to_the_canary_or_away_from_it(two: Running) -> None:
+    async def story() -> None:
+        async with canary(two, 100) as tallies:
+            assert {await admitted_to(two, "alpha") for _ in range(20)} == {"alpha"}
+            assert await admitted_to(two, "alpha", "some session") == "alpha"
+            two.engine.go_by(traffic(two, 0))
+            assert {await admitted_to(two, CANARY) for _ in range(20)} == {CANARY}
+            assert [tally.chosen for tally in tallies.values()] == [0, 0]
+
+    two(story())
+
+
+def test_the_default_answers_where_the_canary_is_not_or_requests_are_split_elsewhere(
+    two: Running,
+) -> None:
+    async def story() -> None:
+        async with canary(two, 100):
+            two.engine.go_by(traffic(two, 100, canary=full(two, "gamma")))
+            assert await admitted_to(two) == "alpha"
+            two.engine.go_by(traffic(two, 100, placement="dedicated"))
+            assert await admitted_to(two, session="s") == "alpha"
+            two.engine.go_by(None)
+            assert await admitted_to(two) == "alpha"
+            two.engine.go_by(traffic(two, 100))
+            two.engine.drop(two.images[CANARY].revision)
+            assert await admitted_to(two) == "alpha"
+
+    two(story())
+
+
+def test_a_canary_that_became_the_default_answers_everybody(two: Running) -> None:
+    async def story() -> None:
+        async with canary(two, 0):
+            await two.swap(CANARY, "overlap")
+            assert await admitted_to(two) == CANARY
+            assert await admitted_to(two, session="s") == CANARY
+
+    two(story())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_became_of_a_request_is_in_the_ledger(two: Running, stream: bool) -> None:
+    async def story() -> None:
+        async with canary(two, 100) as tallies:
+            began = time.perf_counter()
+            step = await begin(two, LONG, 20, stream=stream)
+            within = time.perf_counter() - began
+            assert list(tallies) == [full(two, CANARY)]
+            [tally] = tallies.values()
+            assert (tally.requests, tally.errors, tally.chosen) == (1, 0, 1)
+            [latency], [first], [rate] = tally.latency_s, tally.first_token_s, tally.tokens_per_s
+            assert 0 < first < latency < within
+            assert rate == pytest.approx((len(step.token_ids) - 1) / (latency - first))
+            await two.answer(SHORT, 1, pin="alpha")
+            pinned = tallies[full(two, "alpha")]
+            assert (pinned.requests, pinned.chosen, pinned.tokens_per_s) == (1, 0, [])
+            assert len(pinned.first_token_s) == 1
+
+    two(story())
+
+
+def test_a_request_with_several_choices_has_the_first_token_of_any_and_the_tokens_of_all(
+    two: Running,
+) -> None:
+    async def story() -> None:
+        async with canary(two, 100) as tallies, two.engine.admit() as ticket:
+            heard: list[Step] = []
+
+            async def one(ids: list[int], tokens: int, stream: bool) -> None:
+                how: dict[str, Any] = {"sampling": GREEDY, "stream": stream}
+                async for step in ticket.generate(ids, max_tokens=tokens, **how):
+                    heard.append(step)
+
+            await asyncio.gather(one(SHORT, 30, False), one(LONG, 7, True), one([9], 1, False))
+            ended = [step for step in heard if step.finished]
+            assert ticket.tokens == sum(len(step.token_ids) for step in ended)
+            assert ticket.first_at == min(step.first_at or 0 for step in heard)
+            assert not tallies, "it is not over"
+
+    two(story())
+
+
+def test_the_first_token_of_a_whole_answer_is_long_before_its_last(two: Running) -> None:
+    """It is heard of only together with the last one."""
+
+    async def story() -> None:
+        await two.swap("alpha")
+        for stream in (False, True):
+            async with two.engine.admit() as ticket:
+                how: dict[str, Any] = {"sampling": GREEDY, "stream": stream}
+                times = [
+                    step.first_at async for step in ticket.generate(SHORT, max_tokens=50, **how)
+                ]
+                over = time.perf_counter()
+            [first] = set(times)
+            assert first is not None
+            assert first < over
+            if not stream:
+                assert len(times) == 1
+
+    two(story())
+
+
+def test_a_request_that_fails_is_an_error_of_its_revision_and_says_nothing_about_times(
+    make: Callable[..., Running],
+) -> None:
+    running = make(lanes=2, request_timeout_s=0.15)
+
+    async def story() -> None:
+        async with canary(running, 100) as tallies:
+            with pytest.raises(GenerationFailed):
+                await running.answer(SHORT, 10**6)
+            with pytest.raises(DeadlineExceeded):
+                await running.answer(SHORT, 1500)
+            assert tallies == {full(running, CANARY): Tally(requests=2, errors=2, chosen=2)}
+
+    running(story())
+
+
+def test_who_was_refused_or_went_away_is_not_in_the_ledger(two: Running) -> None:
+    async def story() -> None:
+        async with canary(two, 50) as tallies:
+            with pytest.raises(RevisionNotServed):
+                await two.answer(SHORT, pin="nobody")
+            gone = begin(two, SHORT, 500)
+            await until(lambda: bool(in_lanes(two)))
+            gone.cancel()
+            await asyncio.wait([gone])
+            async with two.steps(SHORT, 500, stream=True) as unfinished:
+                await anext(unfinished)
+            seen = sum(tally.requests for tally in tallies.values())
+            assert seen == 1, "whoever has read enough was answered"
+            with pytest.raises(ZeroDivisionError):  # the client's own fault
+                async with two.engine.admit():
+                    raise ZeroDivisionError
+            assert sum(tally.requests for tally in tallies.values()) == seen
+
+    two(story())
+
+
+def test_a_full_house_is_no_error_of_the_revision(make: Callable[..., Running]) -> None:
+    running = make(lanes=1, lane_overflow="refuse")
+
+    async def story() -> None:
+        async with canary(running, 100) as tallies:
+            long = begin(running, SHORT, 200, pin="alpha")
+            await lane_of(running, running.world.revision("alpha"))
+            with pytest.raises(LanesTaken):
+                await running.answer(SHORT)
+            assert not tallies
+            await long
+
+    running(story())
+
+
+def test_the_requests_of_probes_are_not_counted(two: Running) -> None:
+    async def story() -> None:
+        async with canary(two, 50) as tallies:
+            assert await admitted_to(two, CANARY, PROBE) == CANARY
+            assert await admitted_to(two, "alpha", PROBE) == "alpha"
+            assert not tallies
+
+    two(story())
+
+
+def test_a_new_trial_begins_with_nothing_and_hears_nothing_of_older_requests(two: Running) -> None:
+    async def story() -> None:
+        async with canary(two, 100) as tallies:
+            await two.answer(SHORT, 2)
+            assert sum(tally.requests for tally in tallies.values()) == 1
+            late = begin(two, SHORT, 60)
+            await lane_of(two, two.world.revision(CANARY))
+            two.engine.go_by(traffic(two, 50, "r1.2.1"))
+            assert two.engine.ledger.tallies == {}
+            await late
+            assert two.engine.ledger.tallies == {}
+            two.engine.go_by(traffic(two, 60, "r1.2.1"))
+            await two.answer(SHORT, 2)
+            two.engine.go_by(traffic(two, 70, "r1.2.1"))
+            assert len(two.engine.ledger.tallies) == 1, "the same trial goes on"
+        assert (two.engine.ledger.trial, two.engine.ledger.tallies) == (None, {})
+        await two.answer(SHORT, 2)
+        assert two.engine.ledger.tallies == {}
+
+    two(story())

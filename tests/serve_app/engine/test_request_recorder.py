@@ -1,0 +1,161 @@
+"""What a replica counts of a trial."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from serve_app.engine import request_recorder as ledger
+from serve_app.engine.request_recorder import SAMPLES, Ledger, Tally
+from serve_app.rollout.analysis import Analysis, Check
+
+TRIAL = "r1.1.1"
+
+
+def opened() -> Ledger:
+    own = Ledger()
+    own.open(TRIAL)
+    return own
+
+
+def write(own: Ledger, revision: str = "beta@1", **more: Any) -> None:
+    given = {"trial": TRIAL, "chosen": True, "failed": False, "latency_s": 1.0}
+    own.write(revision, **{**given, **more})
+
+
+def test_a_request_adds_to_the_tally_of_its_revision_alone() -> None:
+    own = opened()
+    write(own, latency_s=2.5, first_token_s=0.5, tokens=5)
+    write(own, "alpha@1", chosen=False, latency_s=1.5)
+    assert own.tallies == {
+        "beta@1": Tally(
+            requests=1, chosen=1, latency_s=[2.5], first_token_s=[0.5], tokens_per_s=[2.0]
+        ),
+        "alpha@1": Tally(requests=1, latency_s=[1.5]),
+    }
+
+
+def test_a_request_that_failed_says_nothing_about_times() -> None:
+    own = opened()
+    write(own, failed=True, latency_s=30.0, first_token_s=0.5, tokens=9)
+    assert own.tallies == {"beta@1": Tally(requests=1, errors=1, chosen=1)}
+
+
+@pytest.mark.parametrize("more", [{"tokens": 1}, {"tokens": 0}, {"tokens": 5, "latency_s": 0.5}])
+def test_an_answer_without_two_tokens_or_time_between_them_has_no_rate(
+    more: dict[str, Any],
+) -> None:
+    own = opened()
+    write(own, first_token_s=0.5, **more)
+    [tally] = own.tallies.values()
+    assert (len(tally.latency_s), tally.first_token_s, tally.tokens_per_s) == (1, [0.5], [])
+
+
+def test_nothing_is_counted_while_there_is_no_trial() -> None:
+    own = Ledger()
+    write(own, trial=None)
+    write(own)
+    assert own.tallies == {}
+
+
+def test_a_new_trial_begins_with_nothing_and_the_same_one_goes_on() -> None:
+    own = opened()
+    write(own)
+    own.open(TRIAL)
+    assert own.tallies["beta@1"].requests == 1
+    own.open("r1.2.1")
+    assert (own.trial, own.tallies) == ("r1.2.1", {})
+    own.open(None)
+    assert (own.trial, own.tallies) == (None, {})
+
+
+def test_a_request_that_arrived_in_another_trial_does_not_count() -> None:
+    own = opened()
+    own.open("r1.2.1")
+    write(own)
+    write(own, trial=None)
+    assert own.tallies == {}
+    write(own, trial="r1.2.1")
+    assert own.tallies["beta@1"].requests == 1
+
+
+def test_the_numbers_of_an_earlier_trial_stay_as_they_were_reported() -> None:
+    own = opened()
+    write(own)
+    reported = own.tallies
+    own.open("r1.2.1")
+    write(own, trial="r1.2.1")
+    assert reported == {"beta@1": Tally(requests=1, chosen=1, latency_s=[1.0])}
+
+
+def test_tallies_cross_process_boundaries() -> None:
+    own = opened()
+    write(own, first_token_s=0.5, tokens=3)
+    assert pickle.loads(pickle.dumps(own.tallies)) == own.tallies
+
+
+# ---- samples ------------------------------------------------------------------------------------
+
+
+def test_samples_are_bounded_and_numbers_are_not() -> None:
+    own = opened()
+    for _ in range(3 * SAMPLES):
+        write(own, first_token_s=0.5, tokens=2)
+    [tally] = own.tallies.values()
+    assert (tally.requests, tally.chosen) == (3 * SAMPLES, 3 * SAMPLES)
+    kept = (tally.latency_s, tally.first_token_s, tally.tokens_per_s)
+    assert [len(values) for values in kept] == [SAMPLES] * 3
+
+
+@pytest.mark.parametrize("rated_every", [1, 4])
+def test_each_request_has_the_same_chance_to_be_in_a_sample(
+    monkeypatch: pytest.MonkeyPatch, rated_every: int
+) -> None:
+    """Also where only some requests have such a value: the early and the late are as many."""
+    monkeypatch.setattr(ledger, "SAMPLES", 100)
+    requests, runs = 2_000, 30
+    kept: list[float] = []
+    for seed in range(runs):
+        own = opened()
+        own._random = random.Random(seed)
+        for number in range(requests):
+            rated = number % rated_every == 0
+            write(own, first_token_s=0.0, latency_s=1 / (number + 1), tokens=2 if rated else 1)
+            write(own, failed=True)
+        [tally] = own.tallies.values()
+        assert len(tally.latency_s) == len(tally.tokens_per_s) == 100
+        kept += tally.tokens_per_s  # the number of the request, and 1
+    late = sum(number > requests / 2 for number in kept) / len(kept)
+    assert late == pytest.approx(0.5, abs=0.04)  # of 3,000: 4 standard deviations
+    last_tenth = sum(number > 0.9 * requests for number in kept) / len(kept)
+    assert last_tenth == pytest.approx(0.1, abs=0.025)
+
+
+def test_the_sample_of_one_replica_is_enough_for_any_plan() -> None:
+    """A dedicated canary may have no other, and would wait for data for ever."""
+    checks = [Check(metric="latency", max=1)]
+    make = TypeAdapter(Analysis).validate_python
+    make({"checks": checks, "min_samples": SAMPLES})
+    with pytest.raises(ValidationError):
+        make({"checks": checks, "min_samples": SAMPLES + 1})
+
+
+# ---- sums ---------------------------------------------------------------------------------------
+
+
+def test_two_tallies_add_up_and_stay_as_they_are() -> None:
+    one = Tally(requests=3, errors=1, chosen=2, latency_s=[1.0, 2.0], first_token_s=[0.5])
+    other = Tally(requests=1, chosen=1, latency_s=[3.0], tokens_per_s=[7.0])
+    assert one + other == Tally(
+        requests=4,
+        errors=1,
+        chosen=3,
+        latency_s=[1.0, 2.0, 3.0],
+        first_token_s=[0.5],
+        tokens_per_s=[7.0],
+    )
+    assert (one.requests, len(one.latency_s), other.latency_s) == (3, 2, [3.0])

@@ -1,0 +1,214 @@
+"""Turns at the weights: one at a time, first come first served, always on the named revision."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from hotswap_lib import BASE, AdapterImage, Revision, Slot
+from hotswap_lib.errors import VerifyFailed
+from serve_app.engine.weight_lock import FairLock, Turns
+from tests.e2e.tiny_world import TinyWorld
+from tests.serve_app.conftest import new_slot
+from tests.serve_app.fakes import NEVER_S
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + NEVER_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.0005)
+
+
+@pytest.fixture
+def threads() -> Iterator[list[threading.Thread]]:
+    started: list[threading.Thread] = []
+    yield started
+    for thread in started:
+        thread.join(NEVER_S)
+        assert not thread.is_alive(), "a thread waits for ever"
+
+
+def start(threads: list[threading.Thread], work: Callable[[], object]) -> None:
+    threads.append(threading.Thread(target=work, daemon=True))
+    threads[-1].start()
+
+
+# ---- the lock -----------------------------------------------------------------------------------
+
+
+def test_the_lock_goes_to_whoever_has_waited_longest(threads: list[threading.Thread]) -> None:
+    lock, order = FairLock(), list[int]()
+
+    def work(number: int) -> None:
+        with lock:
+            order.append(number)
+
+    with lock:
+        for number in range(8):
+            start(threads, lambda number=number: work(number))  # type: ignore[misc]
+            until(lambda number=number: len(lock._waiting) == number + 1)  # type: ignore[misc]
+    until(lambda: len(order) == 8)
+    assert order == list(range(8))
+
+
+def test_whoever_comes_back_at_once_waits_behind_those_who_wait(
+    threads: list[threading.Thread],
+) -> None:
+    lock, order, rounds = FairLock(), list[str](), 50
+
+    def work(name: str) -> None:
+        for _ in range(rounds):
+            with lock:
+                order.append(name)
+                until(lambda: len(lock._waiting) > 0 or order.count("ab".strip(name)) == rounds)
+
+    for name in "ab":
+        start(threads, lambda name=name: work(name))  # type: ignore[misc]
+    until(lambda: len(order) == 2 * rounds)
+    assert "".join(order) in ("ab" * rounds, "ba" * rounds)
+
+
+def test_nobody_holds_the_lock_beside_another(threads: list[threading.Thread]) -> None:
+    lock, inside, most, turns = FairLock(), list[int](), list[int](), 300
+
+    def work() -> None:
+        for _ in range(turns):
+            with lock:
+                inside.append(1)
+                most.append(len(inside))
+                inside.pop()
+
+    for _ in range(6):
+        start(threads, work)
+    until(lambda: len(most) == 6 * turns)
+    assert set(most) == {1}
+    assert not lock._held
+
+
+def test_the_lock_is_given_back_when_what_it_guards_fails() -> None:
+    lock = FairLock()
+    with pytest.raises(ZeroDivisionError), lock:
+        raise ZeroDivisionError
+    with lock:
+        pass
+
+
+# ---- turns --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slot(world: TinyWorld) -> Slot:
+    return new_slot(world)
+
+
+@pytest.fixture
+def turns(slot: Slot, images: dict[str, AdapterImage]) -> Turns:
+    turns = Turns(slot)
+    for name in ("alpha", "beta"):
+        turns.add(slot.stage(images[name]))
+    return turns
+
+
+@pytest.fixture
+def alpha(images: dict[str, AdapterImage]) -> Revision:
+    return images["alpha"].revision
+
+
+@pytest.fixture
+def beta(images: dict[str, AdapterImage]) -> Revision:
+    return images["beta"].revision
+
+
+def test_a_turn_has_its_revision_in_the_weights(
+    turns: Turns, alpha: Revision, beta: Revision
+) -> None:
+    for revision in (alpha, beta, BASE, beta):
+        with turns.on(revision):
+            assert turns.slot.revision == revision
+            turns.slot.verify()
+
+
+def test_only_a_turn_on_another_revision_writes_the_weights(
+    turns: Turns, alpha: Revision, beta: Revision
+) -> None:
+    counts = []
+    for revision in (BASE, alpha, alpha, beta, beta, alpha):
+        with turns.on(revision):
+            counts.append(turns.commits)
+    assert counts == [0, 1, 1, 2, 2, 3]
+
+
+def test_turns_of_many_threads_never_see_each_others_weights(
+    turns: Turns, alpha: Revision, beta: Revision, threads: list[threading.Thread]
+) -> None:
+    wrong, done = list[Revision](), list[int]()
+
+    def work(revision: Revision) -> None:
+        for _ in range(20):
+            with turns.on(revision):
+                if turns.slot.revision != revision:
+                    wrong.append(revision)
+                turns.slot.verify()
+        done.append(1)
+
+    for revision in (alpha, beta, BASE):
+        start(threads, lambda revision=revision: work(revision))  # type: ignore[misc]
+    until(lambda: len(done) == 3)
+    assert wrong == []
+
+
+def test_nobody_gets_a_turn_on_a_revision_that_was_dropped(
+    turns: Turns, alpha: Revision, beta: Revision
+) -> None:
+    turns.drop(alpha)
+    turns.drop(alpha)
+    with pytest.raises(KeyError), turns.on(alpha):
+        pass
+    with turns.on(beta):
+        assert turns.slot.revision == beta
+
+
+def test_a_proof_leaves_its_revision_in_the_weights(turns: Turns, alpha: Revision) -> None:
+    receipt, verify_s = turns.prove(alpha)
+    assert (receipt.revision, receipt.previous, verify_s > 0) == (alpha, BASE, True)
+    assert turns.slot.revision == alpha
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_proof_that_fails_leaves_what_was_in_the_weights_before(
+    turns: Turns,
+    alpha: Revision,
+    beta: Revision,
+    monkeypatch: pytest.MonkeyPatch,
+    dropped: bool,
+) -> None:
+    with turns.on(alpha):
+        pass
+    if dropped:  # the last turn was somebody's who is gone
+        turns.drop(alpha)
+
+    def fails() -> None:
+        raise VerifyFailed(str(turns.slot.revision), "a tensor", "it differs")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(turns.slot, "verify", fails)
+        with pytest.raises(VerifyFailed, match="beta"):
+            turns.prove(beta)
+    assert turns.slot.revision == alpha
+    turns.slot.verify()
+    with turns.on(beta):
+        assert turns.slot.revision == beta
+
+
+def test_a_proof_waits_for_the_turn_that_runs(
+    turns: Turns, alpha: Revision, beta: Revision, threads: list[threading.Thread]
+) -> None:
+    with turns.on(alpha):
+        start(threads, lambda: turns.prove(beta))
+        until(lambda: len(turns._lock._waiting) == 1)
+        assert turns.slot.revision == alpha
+    until(lambda: turns.slot.revision == beta)
