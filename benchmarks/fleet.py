@@ -45,11 +45,11 @@ from serve_app.controller import images
 from serve_app.controller import rollout_requests as steering
 from serve_app.controller.deployment import Controller
 from serve_app.engine.causal import CausalEngine
-from serve_app.replica.control_loop import ControlLane
-from serve_app.rollout.plan import Plan, Step
+from serve_app.replica.control_loop import ControlLoop
+from serve_app.rollout.plan import CanaryStep, Plan
 from serve_app.rollout.state import Desired
 from serve_app.settings import Settings
-from serve_app.wire.reports import Answer, Report, from_key
+from serve_app.wire.reports import Answer, Report
 
 SIZES = (10, 100, 1_000, 3_000, 10_000)
 QUICK_SIZES = (10, 100, 300)
@@ -77,8 +77,8 @@ class Shadow:
                 await controller.join(self._name, self._layout)
             elif (want := answer.desired) is not None:
                 self._acting_on = want
-                self._holds = from_key(want.hold)
-                self._staged = None if want.stage is None else from_key(want.stage)
+                self._holds = Revision.parse(want.hold)
+                self._staged = None if want.stage is None else Revision.parse(want.stage)
 
     def _report(self) -> Report:
         want = self._acting_on
@@ -96,7 +96,7 @@ class Shadow:
             last_swap=None,
             pid=0,
             node="",
-            beside=tuple(map(from_key, want.beside)) if want else (),
+            also_serves=tuple(map(Revision.parse, want.also_serves)) if want else (),
         )
 
 
@@ -150,7 +150,7 @@ async def _rolled(
     tasks = [asyncio.create_task(shadow.run(controller)) for shadow in shadows]
     while len((await controller.fleet()).replicas) < size:
         await asyncio.sleep(0.05)
-    steps = (Step(weight=10), Step(weight=50))
+    steps = (CanaryStep(weight=10), CanaryStep(weight=50))
     with (
         _counting(steering, "load_adapter", counted, "reads"),
         _counting(images, "pack", counted, "packs"),
@@ -230,7 +230,7 @@ class Member:
         slot = _slot(model)
         self._engine = CausalEngine(slot, settings, eos_token_ids=[])
         self._engine.start()
-        self._lane = ControlLane(self._engine, _Calls(controller), replica=name)
+        self._lane = ControlLoop(self._engine, _Calls(controller), replica=name)
         await self._lane.ready
 
 
@@ -256,7 +256,7 @@ def real(sizes: Sequence[int], model: str, adapters: Sequence[Path]) -> Iterator
             controller: Any = ray.remote(num_cpus=0, max_concurrency=1000)(Decides).remote(state)
             ray.get(controller.start.remote())
             members: list[Any] = []
-            turns = itertools.cycle(adapters)  # never the one that the fleet holds
+            weight_lock = itertools.cycle(adapters)  # never the one that the fleet holds
             for size in sizes:
                 while len(members) < size:
                     some = [
@@ -270,7 +270,7 @@ def real(sizes: Sequence[int], model: str, adapters: Sequence[Path]) -> Iterator
                     ray.get(begun, timeout=300)
                     members += some
                 took = [
-                    ray.get(controller.roll.remote(str(next(turns))), timeout=120)
+                    ray.get(controller.roll.remote(str(next(weight_lock))), timeout=120)
                     for _ in range(ROLLOUTS)
                 ]
                 yield Figure(

@@ -28,7 +28,7 @@ from hotswap_lib import CompileGuard, Slot, pack
 from serve_app.engine.attention import make_opaque
 from serve_app.engine.causal import CausalEngine
 from serve_app.engine.compile import compile_layers, compile_regions
-from serve_app.engine.sampling_params import Sampling
+from serve_app.engine.sampling_params import SamplingParams
 from serve_app.replica.loading import load
 from serve_app.settings import parse
 
@@ -36,7 +36,7 @@ BATCHES = (1, 8, 32)
 STEPS = 8  # measured in a row before it is another variant's turn
 _FIRST_STEPS = 2  # of a run: prompts are in them
 _STEP_PROMPT = 4  # tokens; the prompts of the biggest batch fit in one step
-_GREEDY = Sampling(temperature=0.0)
+_GREEDY = SamplingParams(temperature=0.0)
 
 
 @contextmanager
@@ -330,10 +330,10 @@ def steps(world: World) -> Iterator[Figure]:
 
 def _step_times(managers: dict[str, Any], batch: int, world: World) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in managers}
-    turns, order = list(managers), random.Random(0)
+    weight_lock, order = list(managers), random.Random(0)
     for turn in range(-2, world.effort.step_rounds):  # the first ones compile and warm up
-        order.shuffle(turns)
-        for name in turns:
+        order.shuffle(weight_lock)
+        for name in weight_lock:
             took = managers[name].run(batch)
             if turn >= 0:
                 times[name] += took

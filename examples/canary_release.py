@@ -16,10 +16,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from serve_app.client.http import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
+from serve_app.client.http import DEFAULT_URL, HotswapClient, RequestRejected, ServerUnreachable
 from serve_app.client.terminal import rollout_line
 from serve_app.rollout.analysis import Analysis, Check, Comparison, Limits, Probe
-from serve_app.rollout.plan import Plan, Step
+from serve_app.rollout.plan import CanaryStep, Plan
 
 
 def plan(adapter: str, *, golden: str | None, hold: str, min_samples: int) -> Plan:
@@ -35,7 +35,9 @@ def plan(adapter: str, *, golden: str | None, hold: str, min_samples: int) -> Pl
     return Plan(
         adapter=adapter,
         strategy="canary",
-        steps=tuple(Step.model_validate({"weight": weight, "hold": hold}) for weight in (10, 50)),
+        steps=tuple(
+            CanaryStep.model_validate({"weight": weight, "hold": hold}) for weight in (10, 50)
+        ),
         analysis=Analysis(
             checks=(
                 Check(metric="error_rate", max=0.0),
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rollout = now
                 if (line := rollout_line(rollout).plain) != told:
                     print(told := line, flush=True)
-    except RequestRefused as refused:
+    except RequestRejected as refused:
         print(f"refused: {refused.message} [{refused.code}]", file=sys.stderr)
         return 1
     except ServerUnreachable as away:

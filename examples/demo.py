@@ -28,7 +28,7 @@ from examples.demo_reference import (
     summary,
 )
 from examples.demo_server import FIRST, PORT, REPLICAS, DemoFailed, Server, free_port
-from serve_app.client.http import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
+from serve_app.client.http import DEFAULT_URL, HotswapClient, RequestRejected, ServerUnreachable
 from serve_app.client.terminal import rollout_line
 from serve_app.replica import embedded_model as embedded
 from serve_app.rollout.plan import Plan
@@ -47,7 +47,7 @@ def wait_ready(server: Server, client: HotswapClient, screen: Screen) -> FleetVi
         server.check()
         try:
             fleet = client.fleet()
-        except (ServerUnreachable, RequestRefused):
+        except (ServerUnreachable, RequestRejected):
             screen.doing("starting Ray, Serve and the controller")
         else:
             if not fleet.journal_uri.startswith(str(server.folder)):
@@ -157,7 +157,7 @@ def run(options: argparse.Namespace, server: Server, screen: Screen) -> Story:
             screen.doing("stopping the server")
             server.stop()
         judge(screen, story)
-    except (DemoFailed, RequestRefused, ServerUnreachable) as error:
+    except (DemoFailed, RequestRejected, ServerUnreachable) as error:
         story.error = str(error)
         screen.close()
         print(server.tail(), f"error: {error}", f"log: {server.log}", sep="\n", file=sys.stderr)

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 
 import fsspec
 
-from serve_app.client.http import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
-from serve_app.rollout.plan import Plan, Step
+from serve_app.client.http import DEFAULT_URL, HotswapClient, RequestRejected, ServerUnreachable
+from serve_app.rollout.plan import CanaryStep, Plan
 from serve_app.wire.admin import RolloutView
 
 WEIGHTS = (1, 5, 10, 25, 50)
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = Plan(
         adapter=given.adapter,
         strategy="canary",
-        steps=tuple(Step(weight=weight, hold="manual") for weight in WEIGHTS),
+        steps=tuple(CanaryStep(weight=weight, hold="manual") for weight in WEIGHTS),
     )
     try:
         with HotswapClient(given.url, token=given.token) as client:
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             while not rollout.ended:
                 time.sleep(given.every)
                 rollout = follow(client, client.rollout(rollout.id), flag.read())
-    except RequestRefused as refused:
+    except RequestRejected as refused:
         print(f"refused: {refused.message} [{refused.code}]", file=sys.stderr)
         return 1
     except ServerUnreachable as away:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import fsspec
 
-from serve_app.client.http import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
+from serve_app.client.http import DEFAULT_URL, HotswapClient, RequestRejected, ServerUnreachable
 from serve_app.rollout.plan import Plan
 
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 Plan(adapter=adapter), expected_generation=fleet.generation, key=tonight
             )
             ended = client.wait(rollout.id, timeout_s=given.timeout)
-    except RequestRefused as refused:
+    except RequestRejected as refused:
         print(f"refused: {refused.message} [{refused.code}]", file=sys.stderr)
         return 1
     except ServerUnreachable as away:

@@ -10,23 +10,21 @@ from typing import Any
 
 import ray
 import torch
-from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from hotswap_lib import BASE, AdapterRefused, InvalidEnvelope, load_adapter
 from serve_app.controller.deployment import RolloutController
+from serve_app.gateway.deployment import gateway_app
 from serve_app.gateway.router import STATS_PERIOD_S, RevisionRouter
-from serve_app.gateway.routes import Gateway
 from serve_app.replica import loading
 from serve_app.replica.deployment import Model
 from serve_app.replica.embedded_model import EmbeddedModelMissing
 from serve_app.replica.loading import UnsupportedModel
 from serve_app.settings import InvalidSettings, Settings, parse
+from serve_app.wire.deployment_names import CONTROLLER, MODEL
 
-MODEL = "Model"
-CONTROLLER = "RolloutController"
 _WAIT_LOOP_S = 0.2  # how often a stopping replica looks whether it is idle; Serve's 2 s add up
 
 
@@ -61,7 +59,7 @@ def build(args: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": _gpus(settings)},
     ).bind(settings, controller)
     gateway = serve.deployment(
-        serve.ingress(lambda: _gateway(settings))(),
+        serve.ingress(lambda: gateway_app(settings))(),
         name="Gateway",
         max_ongoing_requests=10_000,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,  # answers leave through here
@@ -85,16 +83,6 @@ def _checked(settings: Settings) -> Settings:
     local = Path(settings.adapter).expanduser()
     source = str(local.resolve()) if local.exists() else settings.adapter
     return settings.model_copy(update={"adapter": source})
-
-
-def _gateway(settings: Settings) -> FastAPI:
-    """Runs on the ingress replica, where handles work."""
-    app = serve.get_replica_context().app_name
-    return Gateway(
-        settings,
-        model=serve.get_deployment_handle(MODEL, app),
-        controller=serve.get_deployment_handle(CONTROLLER, app),
-    ).app()
 
 
 def _gpus(settings: Settings) -> float:

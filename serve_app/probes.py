@@ -16,26 +16,14 @@ from typing import Any
 import fsspec
 from ray import serve
 
-from serve_app.engine.request_recorder import PROBE
-from serve_app.engine.sampling_params import TextScore
+from serve_app.wire.errors import ProbeInvalid
+from serve_app.wire.request_stats import PROBE
+from serve_app.wire.text_score import TextScore
 
 ProbeFunction = Callable[..., Mapping[str, float]]
 _LOG_LIKELIHOOD = "serve_app.probes:log_likelihood"
 _AGREEMENT = "serve_app.probes:agreement"
 _AT_ONCE = 4  # of a probe's requests: they are guests among those of users
-
-
-class ProbeInvalid(Exception):
-    """There is no such function, or what it returned are no scores."""
-
-    code = "probe_invalid"
-
-    def __init__(self, function: str, why: str) -> None:
-        super().__init__(function, why)
-        self.function, self.why = function, why
-
-    def __str__(self) -> str:
-        return f"the probe {self.function} {self.why}"
 
 
 class Client:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from rich.console import Console, RenderableType
 from typer.core import TyperGroup
 
-from serve_app.client.http import DEFAULT_URL, HotswapClient, RequestRefused, ServerUnreachable
+from serve_app.client.http import DEFAULT_URL, HotswapClient, RequestRejected, ServerUnreachable
 from serve_app.client.output import complain, draw, show
 from serve_app.client.terminal import (
     adapters_screen,
@@ -54,12 +54,12 @@ class Exit(IntEnum):
 
 
 class ExitCodes(TyperGroup):
-    """Turns the client's errors, from whichever command, into one line and an exit code."""
+    """WeightLock the client's errors, from whichever command, into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except RequestRefused as error:
+        except RequestRejected as error:
             complain(error.message, error.code)
             raise typer.Exit(Exit.REFUSED) from error
         except ServerUnreachable as error:

@@ -4,7 +4,7 @@ Stands between `views` (the JSON it parses) and whoever drives a fleet over HTTP
 Ray or torch, so it runs where neither is installed. What can go wrong:
 
     Exception
-    ├── RequestRefused      the server heard the request and said no; `code` is stable
+    ├── RequestRejected      the server heard the request and said no; `code` is stable
     ├── ServerUnreachable   nothing that speaks this protocol answered
     └── TimeoutError        `wait` ran out of time; the rollout goes on
 """
@@ -42,7 +42,7 @@ V = TypeVar("V", bound=View)
 NOT_A_GATEWAY = frozenset({404, 405, 502, 503, 504})
 
 
-class RequestRefused(Exception):
+class RequestRejected(Exception):
     """The server said no: its HTTP status, its stable code, and its sentence."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
@@ -68,7 +68,7 @@ class ServerUnreachable(Exception):
 
 
 class HotswapClient:
-    """One fleet's admin surface. Every call raises `RequestRefused` or `ServerUnreachable`.
+    """One fleet's admin surface. Every call raises `RequestRejected` or `ServerUnreachable`.
 
     `timeout_s` bounds one request. `transport` replaces the network, for tests.
     Raises ValueError where the address or the token cannot be sent at all.
@@ -253,8 +253,8 @@ class HotswapClient:
         while True:
             try:
                 return ask()
-            except (RequestRefused, ServerUnreachable) as error:
-                if isinstance(error, RequestRefused) and error.status < 500:
+            except (RequestRejected, ServerUnreachable) as error:
+                if isinstance(error, RequestRejected) and error.status < 500:
                     raise
                 # from the first failure, so that one request that hangs is not the whole outage
                 failed_at = failed_at or time.monotonic()
@@ -311,7 +311,7 @@ class HotswapClient:
             why = f"what answered {method} {path} is not a hotswap server"
             raise ServerUnreachable(self.base_url, why) from error
 
-    def _error_of(self, response: httpx.Response) -> RequestRefused | ServerUnreachable:
+    def _error_of(self, response: httpx.Response) -> RequestRejected | ServerUnreachable:
         status = response.status_code
         try:
             said = ErrorBody.model_validate_json(response.content).error
@@ -321,8 +321,8 @@ class HotswapClient:
                 return ServerUnreachable(
                     self.base_url, f"no hotswap server answers there, {phrase}"
                 )
-            return RequestRefused(status, f"http_{status}", f"the answer was {phrase}")
-        return RequestRefused(status, said.code, said.message)
+            return RequestRejected(status, f"http_{status}", f"the answer was {phrase}")
+        return RequestRejected(status, said.code, said.message)
 
 
 def _said(asked: Mapping[str, object]) -> dict[str, object]:

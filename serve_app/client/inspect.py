@@ -1,6 +1,6 @@
 """`hotswap inspect`: adapters as documents and as a picture, and the envelope that covers them.
 
-The one part of the command line that reads adapters itself, and so needs torch; `serve_app.cli`
+The one part of the command line that reads adapters itself, and so needs torch; `serve_app.client.cli`
 imports it when it is asked for, and not before.
 """
 

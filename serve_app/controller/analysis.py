@@ -1,7 +1,7 @@
 """Looks at a canary while its step is held, and tells the rollout machine what it saw.
 
-Numbers come from three places: what the replicas counted (`serve_app.trial`), probes that run as
-Ray tasks, and Prometheus. What they mean is decided in `serve_app.judge`, what follows from it in
+Numbers come from three places: what the replicas counted (`serve_app.controller.canary_stats`), probes that run as
+Ray tasks, and Prometheus. What they mean is decided in `serve_app.controller.verdicts`, what follows from it in
 the machine.
 """
 
@@ -16,13 +16,13 @@ import httpx
 import ray
 from ray.exceptions import RayTaskError
 
+from hotswap_lib import Revision
 from serve_app import probes
 from serve_app.controller import verdicts as judge
-from serve_app.controller.canary_stats import Trial
+from serve_app.controller.canary_stats import CanaryStats
 from serve_app.rollout.analysis import Analysis, Measurement, Outcome, Probe, Query, Verdict
 from serve_app.rollout.events import Judged
 from serve_app.rollout.state import Fleet, Rollout, State
-from serve_app.wire.reports import from_key
 
 logger = logging.getLogger("ray.serve")
 _FRESH_S = 1.0
@@ -67,16 +67,16 @@ class RayProbes:
             raise
 
 
-class Analyst:
+class CanaryAnalysis:
     """For one event loop. `fresh` has every replica report; `feed` takes an event to the machine.
 
     Attributes:
-        latest: what was seen last of the current trial, also while nothing follows from it.
+        latest: what was seen last of the current step_id, also while nothing follows from it.
     """
 
     def __init__(
         self,
-        trial: Trial,
+        step_id: CanaryStats,
         *,
         fleet: Callable[[], Fleet],
         fresh: Callable[[float], Awaitable[None]],
@@ -85,7 +85,7 @@ class Analyst:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.latest: Verdict | None = None
-        self._trial = trial
+        self._canary_stats = step_id
         self._fleet = fleet
         self._fresh = fresh
         self._feed = feed
@@ -118,7 +118,7 @@ class Analyst:
 
     def verdict(self, rollout: Rollout, measurements: Sequence[Measurement], at: float) -> Verdict:
         """Those measurements, with the share of the requests that the canary got."""
-        share, requests = self._trial.share_of(rollout.target)
+        share, requests = self._canary_stats.share_of(rollout.target)
         step = rollout.current
         return Verdict(
             step=rollout.step,
@@ -131,10 +131,10 @@ class Analyst:
         )
 
     def _follow(self, rollout: Rollout | None) -> None:
-        trial = rollout.trial if rollout is not None and rollout.begun else None
-        if trial == self._trial.name:
+        step_id = rollout.step_id if rollout is not None and rollout.begun else None
+        if step_id == self._canary_stats.name:
             return
-        self._trial.open(trial)
+        self._canary_stats.open(step_id)
         self.latest = None
         self._looked_at = 0.0
         for task in self._probes.values():
@@ -144,9 +144,13 @@ class Analyst:
     async def _judge(self, rollout: Rollout, analysis: Analysis, *, at: float) -> None:
         try:
             await self._fresh(_FRESH_S)
-            canary, stable = (self._trial.of(name) for name in (rollout.target, rollout.previous))
+            canary, stable = (
+                self._canary_stats.of(name) for name in (rollout.target, rollout.previous)
+            )
             found = await asyncio.to_thread(judge.checks, analysis, canary, stable)
-            if rollout.trial != self._trial.name:  # the probes of another one are none of this
+            if (
+                rollout.step_id != self._canary_stats.name
+            ):  # the probes of another one are none of this
                 return
             found += self._probed(rollout, analysis)
             if analysis.queries:
@@ -155,17 +159,17 @@ class Analyst:
         except Exception as error:  # whatever it is, it must not pass for a verdict
             logger.exception("the analysis could not be done")
             found = [judge.broken("analysis", str(error) or type(error).__name__)]
-        if rollout.trial == self._trial.name:
+        if rollout.step_id == self._canary_stats.name:
             self.latest = self.verdict(rollout, found, at)
             try:
-                await self._feed(Judged(trial=rollout.trial, verdict=self.latest, at=at))
+                await self._feed(Judged(step_id=rollout.step_id, verdict=self.latest, at=at))
             except Exception:  # there is another look
                 logger.exception("the verdict was not taken")
 
     # ---- probes -------------------------------------------------------------------------------
 
     def _probed(self, rollout: Rollout, analysis: Analysis) -> list[Measurement]:
-        """What each probe found in this trial: once; again only if it could not be run."""
+        """What each probe found in this step_id: once; again only if it could not be run."""
         found: list[Measurement] = []
         for index, probe in enumerate(analysis.probes):
             task = self._probes.get(index)
@@ -210,7 +214,7 @@ class Analyst:
     ) -> Measurement:
         text = asked.query
         for word, revision in (("{canary}", rollout.target), ("{stable}", rollout.previous)):
-            text = text.replace(word, str(from_key(revision)))
+            text = text.replace(word, str(Revision.parse(revision)))
         try:
             response = await http.get(f"{asked.address}/api/v1/query", params={"query": text})
             response.raise_for_status()

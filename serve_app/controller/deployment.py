@@ -1,7 +1,7 @@
 """The controller: exactly one, it decides what the fleet holds.
 
 A Serve deployment with one replica, so Serve restarts it when it dies. What users ask of rollouts
-is in `serve_app.steering`; `serve_app.dispatch` hears the replicas and answers them. It never calls
+is in `serve_app.controller.rollout_requests`; `serve_app.controller.report_server` hears the replicas and answers them. It never calls
 a replica. A restarted controller reads the journal and waits to hear what the replicas hold.
 """
 
@@ -15,15 +15,15 @@ from dataclasses import replace
 import ray
 from ray import serve
 
-from hotswap_lib import BASE, Adapter, load_adapter
-from serve_app.controller.analysis import Analyst, Probing, RayProbes
+from hotswap_lib import BASE, Adapter, Revision, load_adapter
+from serve_app.controller.analysis import CanaryAnalysis, Probing, RayProbes
 from serve_app.controller.desired_state import known
 from serve_app.controller.fleet_view import fleet_view
 from serve_app.controller.images import Put
-from serve_app.controller.journal import Entry, JournalUnreadable
-from serve_app.controller.loaded_adapters import Tenants
+from serve_app.controller.journal import JournalEntry, JournalUnreadable
+from serve_app.controller.loaded_adapters import LoadedAdapters
 from serve_app.controller.report_server import GRACE_S, digests
-from serve_app.controller.rollout_requests import Steering
+from serve_app.controller.rollout_requests import RolloutRequests
 from serve_app.controller.state_dir import default_state_uri
 from serve_app.rollout.recovery import restored
 from serve_app.rollout.state import Fleet, State
@@ -31,14 +31,12 @@ from serve_app.rollout.walk import to
 from serve_app.settings import Settings
 from serve_app.wire.admin import AdapterView, FleetView
 from serve_app.wire.errors import FleetNotReady
-from serve_app.wire.reports import from_key
-from serve_app.wire.reports import key as as_key
 
 logger = logging.getLogger("ray.serve")
 _LOAD_S = 60.0
 
 
-class Controller(Steering):
+class Controller(RolloutRequests):
     """The logic, apart from Ray Serve's wrapper below, so that tests can hold it in hand."""
 
     def __init__(
@@ -53,16 +51,20 @@ class Controller(Steering):
     ) -> None:
         super().__init__(settings, state_uri=state_uri, put=put, grace_s=grace_s)
         self._probing = probing or RayProbes("default")
-        self._analyst = Analyst(
-            self._trial,
+        self._canary_analysis = CanaryAnalysis(
+            self._canary_stats,
             fleet=lambda: self._fleet,
             fresh=self._fresh,
             feed=self._feed,
             probing=self._probing,
         )
         self._warnings: list[str] = []
-        self._tenants = Tenants(
-            self._intent, self._reports, self._shelf, feed=self._feed, timeout_s=load_timeout_s
+        self._loaded_adapters = LoadedAdapters(
+            self._desired_state,
+            self._reports,
+            self._shelf,
+            feed=self._feed,
+            timeout_s=load_timeout_s,
         )
         self._ticker: asyncio.Task[None] | None = None
 
@@ -75,17 +77,17 @@ class Controller(Steering):
         epoch = await asyncio.to_thread(self._journal.claim, after=before)
         entry = await self._read() or entry  # what the other one had decided until then
         if entry is not None:
-            self._intent.sources = {**entry.sources, **self._intent.sources}
-            self._intent.decided = True
+            self._desired_state.sources = {**entry.sources, **self._desired_state.sources}
+            self._desired_state.decided = True
             self._kept = digests(known(entry.fleet))
         if entry is not None and self._resumes(entry):
             fleet = restored(entry.fleet, at=time.time())
-            logger.info(f"resumed as epoch {epoch}, stable {from_key(fleet.stable)}")
+            logger.info(f"resumed as epoch {epoch}, stable {Revision.parse(fleet.stable)}")
         else:
             fleet = declared or await self._declared()
             if entry is not None:
                 fleet = _declared_over(entry.fleet, fleet, at=time.time())
-        await self._intent.write(replace(fleet, epoch=epoch))
+        await self._desired_state.write(replace(fleet, epoch=epoch))
         self._ticker = asyncio.create_task(self._tick())
 
     async def close(self) -> None:
@@ -93,7 +95,7 @@ class Controller(Steering):
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.wait([self._ticker])
-        await self._analyst.close()
+        await self._canary_analysis.close()
 
     def check_health(self) -> None:
         """Serve replaces a controller that another one has replaced already."""
@@ -113,8 +115,8 @@ class Controller(Steering):
             self._reports.last(),
             journal_uri=self._journal.uri,
             warnings=warnings,
-            latest=self._analyst.latest,
-            trial=self._trial,
+            latest=self._canary_analysis.latest,
+            step_id=self._canary_stats,
             at=time.time(),
         )
 
@@ -143,7 +145,7 @@ class Controller(Steering):
         """
         if not self._fleet.observed:
             raise FleetNotReady
-        loading = self._tenants.load(
+        loading = self._loaded_adapters.load(
             name, path, load_inplace=load_inplace, expected_generation=expected_generation
         )
         return await self._see_through(loading)
@@ -157,17 +159,17 @@ class Controller(Steering):
             AdapterNotLoaded: nothing is loaded under the name.
             GenerationMismatch: something was decided since the caller looked.
         """
-        unloading = self._tenants.unload(name, expected_generation=expected_generation)
+        unloading = self._loaded_adapters.unload(name, expected_generation=expected_generation)
         return await self._see_through(unloading)
 
     async def adapters(self) -> list[AdapterView]:
         """What is loaded beside the default, in the order in which it was loaded."""
         self._check_fenced()
-        return self._tenants.views()
+        return self._loaded_adapters.views()
 
     # ---- inside -----------------------------------------------------------------------------
 
-    async def _read(self) -> Entry | None:
+    async def _read(self) -> JournalEntry | None:
         """The journal. One that cannot be read is put aside: the replicas know what they hold."""
         try:
             return await asyncio.to_thread(self._journal.read)
@@ -177,7 +179,7 @@ class Controller(Steering):
             logger.warning(self._warnings[-1])
             return None
 
-    def _resumes(self, entry: Entry | None) -> bool:
+    def _resumes(self, entry: JournalEntry | None) -> bool:
         """The declared adapter wins only when someone changed it since the journal was written."""
         return entry is not None and entry.declared == self._settings.adapter
 
@@ -189,13 +191,13 @@ class Controller(Steering):
             load_adapter, source, name=self._settings.adapter_name
         )
         await asyncio.to_thread(self._store.keep, adapter)
-        stable = as_key(adapter.revision)
-        self._intent.sources[stable] = source
-        return replace(self._fleet, stable=stable, history=(as_key(BASE), stable))
+        stable = adapter.revision.key
+        self._desired_state.sources[stable] = source
+        return replace(self._fleet, stable=stable, history=(BASE.key, stable))
 
     async def _look(self, *, at: float) -> None:
         await super()._look(at=at)
-        self._analyst.tick(at=at)
+        self._canary_analysis.tick(at=at)
 
 
 def _declared_over(before: Fleet, declared: Fleet, *, at: float) -> Fleet:

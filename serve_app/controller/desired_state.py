@@ -1,7 +1,7 @@
 """The intent: what the fleet shall hold, in the journal before anybody hears of it.
 
 Around the pure machine: one decision at a time, each written down before it is what the controller
-goes by. Knows no replica; `serve_app.controller` feeds it and tells the replicas.
+goes by. Knows no replica; `serve_app.controller.deployment` feeds it and tells the replicas.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from hotswap_lib import BASE
-from serve_app.controller.journal import Entry, Journal
-from serve_app.rollout.events import Event, Request
+from hotswap_lib import BASE, Revision
+from serve_app.controller.journal import Journal, JournalEntry
+from serve_app.rollout.events import Event, UserRequest
 from serve_app.rollout.machine import advance
 from serve_app.rollout.recovery import rebuilt
 from serve_app.rollout.state import Desired, Fleet
-from serve_app.wire.reports import from_key, key
 
 logger = logging.getLogger("ray.serve")
 Check = Callable[[Fleet], None]
 
 
-class Intent:
+class DesiredState:
     """The machine's state and where its adapters came from. For one event loop.
 
     Attributes:
@@ -34,7 +33,7 @@ class Intent:
     """
 
     def __init__(self, journal: Journal, *, declared: str | None) -> None:
-        self.fleet = Fleet(stable=key(BASE), history=(key(BASE),))
+        self.fleet = Fleet(stable=BASE.key, history=(BASE.key,))
         self.sources: dict[str, str] = {}
         self.decided = False
         self._rebuilt_from = (0, 0)  # the newest (epoch, generation) that was taken over
@@ -57,7 +56,7 @@ class Intent:
                 await self.write(after)
             else:
                 self.fleet = after
-            self.decided = self.decided or isinstance(event, Request)
+            self.decided = self.decided or isinstance(event, UserRequest)
             return after
 
     def knows(self, document: Desired) -> bool:
@@ -109,7 +108,7 @@ class Intent:
         named = known(fleet)
         # of those that somebody could name, or the journal would grow with every rollout
         sources = {name: where for name, where in self.sources.items() if name in named}
-        entry = Entry(fleet=fleet, declared=self._declared, sources=sources)
+        entry = JournalEntry(fleet=fleet, declared=self._declared, sources=sources)
         await asyncio.to_thread(self._journal.write, entry)
         _log(self.fleet, fleet)
         # what nobody knew before is being asked for right now
@@ -143,14 +142,14 @@ def _log(before: Fleet, after: Fleet) -> None:
     was, now = before.rollout, after.rollout
     if now is not None and (was is None or (was.id, was.state) != (now.id, now.state)):
         why = f" ({now.reason})" if now.reason else ""
-        logger.info(f"{now.id} to {from_key(now.target)}: {now.state}{why}")
+        logger.info(f"{now.id} to {Revision.parse(now.target)}: {now.state}{why}")
     for name in after.loaded:
         if name not in before.loaded:
-            logger.info(f"loaded beside the default: {from_key(name)}")
+            logger.info(f"loaded beside the default: {Revision.parse(name)}")
     for name in before.loaded:
         if name not in after.loaded:
-            logger.info(f"unloaded: {from_key(name)}")
+            logger.info(f"unloaded: {Revision.parse(name)}")
 
 
 def _short(revision: str) -> str:
-    return str(from_key(revision))
+    return str(Revision.parse(revision))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from serve_app.controller.canary_stats import Trial
+from hotswap_lib import Revision
+from serve_app.controller.canary_stats import CanaryStats
 from serve_app.rollout.analysis import Verdict
 from serve_app.rollout.machine import traffic
 from serve_app.rollout.state import Fleet, Rollout, State
@@ -18,7 +19,7 @@ from serve_app.wire.admin import (
     RolloutView,
     VerdictView,
 )
-from serve_app.wire.reports import Report, from_key
+from serve_app.wire.reports import Report
 
 
 def rollout_view(
@@ -26,9 +27,9 @@ def rollout_view(
     rollout: Rollout,
     *,
     latest: Verdict | None = None,
-    trial: Trial | None = None,
+    step_id: CanaryStats | None = None,
 ) -> RolloutView:
-    """Of the running one, `latest`: what the analysis saw last; `trial`: who got what so far."""
+    """Of the running one, `latest`: what the analysis saw last; `step_id`: who got what so far."""
     done = progress(fleet, rollout)
     took_s = None if rollout.ended_at is None else rollout.ended_at - rollout.created_at
     return RolloutView(
@@ -41,7 +42,7 @@ def rollout_view(
         in_flight=rollout.plan.in_flight,
         state=rollout.state,
         reason=rollout.reason or None,
-        canary=_canary_view(fleet, rollout, latest, trial),
+        canary=_canary_view(fleet, rollout, latest, step_id),
         total=done.total,
         staged=done.staged,
         committed=done.committed,
@@ -52,14 +53,14 @@ def rollout_view(
 
 
 def _canary_view(
-    fleet: Fleet, rollout: Rollout, latest: Verdict | None, trial: Trial | None
+    fleet: Fleet, rollout: Rollout, latest: Verdict | None, step_id: CanaryStats | None
 ) -> CanaryView | None:
     plan = rollout.plan
     if plan.strategy != "canary":
         return None
     running = fleet.running is rollout
     now = traffic(fleet) if running else None
-    share, requests = trial.share_of(rollout.target) if trial and running else (None, 0)
+    share, requests = step_id.share_of(rollout.target) if step_id and running else (None, 0)
     return CanaryView(
         placement=plan.placement or "shared",
         step=rollout.step,
@@ -94,7 +95,7 @@ def fleet_view(
     warnings: list[str],
     at: float,
     latest: Verdict | None = None,
-    trial: Trial | None = None,
+    step_id: CanaryStats | None = None,
 ) -> FleetView:
     return FleetView(
         ready=any(
@@ -107,7 +108,7 @@ def fleet_view(
         loaded=[_short(name) for name in fleet.loaded],
         rollout=None
         if fleet.running is None
-        else rollout_view(fleet, fleet.running, latest=latest, trial=trial),
+        else rollout_view(fleet, fleet.running, latest=latest, step_id=step_id),
         replicas=[
             _replica_view(fleet, name, reports.get(name), at=at) for name in sorted(fleet.observed)
         ],
@@ -151,4 +152,4 @@ def _failure(report: Report) -> str | None:
 
 
 def _short(name: str) -> str:
-    return str(from_key(name))
+    return str(Revision.parse(name))

@@ -21,42 +21,15 @@ from hotswap_lib import (
     BASE,
     Adapter,
     AdapterImage,
-    HotswapError,
     Layout,
     Revision,
     load_adapter,
     null_image,
     pack,
 )
-from serve_app.wire.reports import key
+from serve_app.wire.errors import RevisionLost
 
 Put = Callable[[AdapterImage], ray.ObjectRef]
-
-
-class RevisionLost(HotswapError):
-    """The kept copy of an adapter is gone or is not the same any more."""
-
-    code = "revision_lost"
-
-    def __init__(self, revision: str, where: str) -> None:
-        super().__init__(revision, where)
-        self.revision, self.where = revision, where
-
-    def __str__(self) -> str:
-        return f"revision {self.revision} is no longer what was kept at {self.where}"
-
-
-class ImageUnavailable(HotswapError):
-    """The image of a revision cannot be had now."""
-
-    code = "image_unavailable"
-
-    def __init__(self, revision: str, why: str) -> None:
-        super().__init__(revision, why)
-        self.revision, self.why = revision, why
-
-    def __str__(self) -> str:
-        return f"the image of {self.revision} cannot be had: {self.why}"
 
 
 class AdapterStore:
@@ -133,7 +106,7 @@ class ImageShelf:
 
     async def get(self, revision: Revision, fingerprint: str) -> ray.ObjectRef:
         """The image's reference; packed from the kept copy when it is not on the shelf."""
-        task = self._shelf.get((key(revision), fingerprint))
+        task = self._shelf.get((revision.key, fingerprint))
         if task is None or (task.done() and (task.cancelled() or task.exception())):
             layout = self._layouts[fingerprint]
             task = self._put(revision, fingerprint, asyncio.to_thread(self._pack, revision, layout))
@@ -155,7 +128,7 @@ class ImageShelf:
             return self._share(await image)
 
         task = asyncio.create_task(put())
-        self._shelf[key(revision), fingerprint] = task
+        self._shelf[revision.key, fingerprint] = task
         return task
 
 

@@ -23,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import TypeAdapter
 
 from serve_app.rollout.state import Fleet
+from serve_app.wire.errors import Fenced
 
 _FLEET = TypeAdapter(Fleet)
 _SOURCES = TypeAdapter(dict[str, str])
@@ -43,21 +44,8 @@ class JournalUnreadable(Exception):
         return f"the journal {self.uri} cannot be read: {self.why}"
 
 
-class Fenced(Exception):
-    """Another controller has taken over; this one decides nothing any more."""
-
-    code = "controller_replaced"
-
-    def __init__(self, epoch: int, by: int) -> None:
-        super().__init__(epoch, by)
-        self.epoch, self.by = epoch, by
-
-    def __str__(self) -> str:
-        return f"the controller of epoch {self.epoch} was replaced by the one of epoch {self.by}"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class JournalEntry:
     """`declared`: the adapter in the settings of that deploy. `sources`: by revision."""
 
     fleet: Fleet
@@ -75,7 +63,7 @@ class Journal:
         self._epochs = f"{self._path.rpartition('/')[0]}/epochs"
         self._mine: set[int] = set()  # claimed here: they are no reason to stop
 
-    def read(self) -> Entry | None:
+    def read(self) -> JournalEntry | None:
         """The last entry, or None when none was written. Raises `JournalUnreadable`."""
         self._fs.invalidate_cache()  # of listings: another controller may have written it
         if not self._fs.exists(self._path):
@@ -84,7 +72,7 @@ class Journal:
             document: dict[str, Any] = json.loads(self._fs.cat_file(self._path))
             if document["version"] != _VERSION:
                 raise ValueError(f"version {document['version']} is not {_VERSION}")
-            return Entry(
+            return JournalEntry(
                 fleet=_FLEET.validate_python(document["fleet"]),
                 declared=document["declared"],
                 sources=_SOURCES.validate_python(document["sources"]),
@@ -117,7 +105,7 @@ class Journal:
         self._fs.mv(self._path, aside)
         return aside
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: JournalEntry) -> None:
         """Replace the entry. When this returns, a crash can no longer lose it.
 
         Raises `Fenced` when another controller has claimed a later epoch; it may have read this

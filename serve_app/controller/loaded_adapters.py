@@ -1,4 +1,4 @@
-"""Tenants: adapters that the fleet serves beside its default, for requests that name them.
+"""LoadedAdapters: adapters that the fleet serves beside its default, for requests that name them.
 
 Behind the controller's methods in vLLM's terms. Loading is an intent like any other: decided,
 journaled, told to every replica; what is here waits for the replicas to have done it, and takes it
@@ -12,79 +12,33 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from hotswap_lib import BASE, AdapterNameInvalid, load_adapter
-from serve_app.controller.desired_state import Intent
+from hotswap_lib import BASE, AdapterNameInvalid, Revision, load_adapter
+from serve_app.controller.desired_state import DesiredState
 from serve_app.controller.images import ImageShelf
 from serve_app.controller.open_reports import OpenReport, OpenReports
 from serve_app.rollout.events import Event, LoadRequested, UnloadRequested
 from serve_app.wire.admin import AdapterView
-from serve_app.wire.reports import from_key, key
+from serve_app.wire.errors import (
+    AdapterAlreadyLoaded,
+    AdapterLoadFailed,
+    AdapterLoadTimeout,
+    AdapterNotLoaded,
+)
 
 
-class AdapterAlreadyLoaded(Exception):
-    """Another content has that name; `load_inplace` would replace it."""
-
-    code = "adapter_already_loaded"
-
-    def __init__(self, name: str, loaded: str, asked: str) -> None:
-        super().__init__(name, loaded, asked)
-        self.name, self.loaded, self.asked = name, loaded, asked
-
-    def __str__(self) -> str:
-        return f"{self.loaded} is loaded as {self.name!r}; load_inplace puts {self.asked} there"
-
-
-class AdapterNotLoaded(Exception):
-    code = "adapter_not_loaded"
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
-
-    def __str__(self) -> str:
-        return f"no adapter is loaded as {self.name!r}"
-
-
-class AdapterLoadFailed(Exception):
-    """A replica cannot serve it; it was unloaded again everywhere."""
-
-    code = "adapter_load_failed"
-
-    def __init__(self, revision: str, why: str) -> None:
-        super().__init__(revision, why)
-        self.revision, self.why = revision, why
-
-    def __str__(self) -> str:
-        return f"{self.revision} was not loaded: {self.why}"
-
-
-class AdapterLoadTimeout(Exception):
-    """Some replicas did not serve it in time; it was unloaded again everywhere."""
-
-    code = "adapter_load_timeout"
-
-    def __init__(self, revision: str, replicas: tuple[str, ...], timeout_s: float) -> None:
-        super().__init__(revision, replicas, timeout_s)
-        self.revision, self.replicas, self.timeout_s = revision, replicas, timeout_s
-
-    def __str__(self) -> str:
-        who = ", ".join(self.replicas) or "no replica is there, so it"
-        return f"{self.revision} was not loaded: {who} did not serve it within {self.timeout_s:g} s"
-
-
-class Tenants:
+class LoadedAdapters:
     """What is loaded, by name. `feed` takes an event to the machine, to the end."""
 
     def __init__(
         self,
-        intent: Intent,
+        intent: DesiredState,
         reports: OpenReports,
         shelf: ImageShelf,
         *,
         feed: Callable[[Event], Awaitable[None]],
         timeout_s: float,
     ) -> None:
-        self._intent = intent
+        self._desired_state = intent
         self._reports = reports
         self._shelf = shelf
         self._feed = feed
@@ -97,13 +51,13 @@ class Tenants:
         """See `Controller.load_adapter`."""
         _check(name)
         adapter = await asyncio.to_thread(load_adapter, path, name=name)
-        revision = key(await self._shelf.accept(adapter))
+        revision = (await self._shelf.accept(adapter)).key
         async with self._choosing:
             before = self._named(name)
-            came_from = self._intent.sources.get(before or "", "")
+            came_from = self._desired_state.sources.get(before or "", "")
             if before not in (None, revision) and not load_inplace:
                 raise AdapterAlreadyLoaded(name, _short(str(before)), _short(revision))
-            self._intent.sources[revision] = path
+            self._desired_state.sources[revision] = path
             said_before = dict(self._reports.items())
             await self._feed(
                 LoadRequested(
@@ -113,7 +67,7 @@ class Tenants:
                     at=time.time(),
                 )
             )
-            since = self._intent.fleet.generation
+            since = self._desired_state.fleet.generation
         try:
             await self._until_served(revision, since=since, said_before=said_before)
         except (AdapterLoadFailed, AdapterLoadTimeout):
@@ -138,22 +92,24 @@ class Tenants:
             async with asyncio.timeout(self._timeout_s):
                 await self._reports.until(lambda: not self._still_named(revision))
         ready = self._ready(revision)
-        return view.model_copy(update={"generation": self._intent.fleet.generation, "ready": ready})
+        return view.model_copy(
+            update={"generation": self._desired_state.fleet.generation, "ready": ready}
+        )
 
     def views(self) -> list[AdapterView]:
-        return [self._view(revision) for revision in self._intent.fleet.loaded]
+        return [self._view(revision) for revision in self._desired_state.fleet.loaded]
 
     def _named(self, name: str) -> str | None:
-        for revision in self._intent.fleet.loaded:
-            if from_key(revision).name == name:
+        for revision in self._desired_state.fleet.loaded:
+            if Revision.parse(revision).name == name:
                 return revision
         return None
 
     def _view(self, revision: str) -> AdapterView:
-        fleet = self._intent.fleet
+        fleet = self._desired_state.fleet
         return AdapterView(
-            lora_name=from_key(revision).name,
-            lora_path=self._intent.sources.get(revision, ""),
+            lora_name=Revision.parse(revision).name,
+            lora_path=self._desired_state.sources.get(revision, ""),
             revision=_short(revision),
             generation=fleet.generation,
             ready=self._ready(revision),
@@ -164,8 +120,8 @@ class Tenants:
         """How many said last that they serve it; some may have been told to drop it since."""
         last = self._reports.last()
         return sum(
-            revision in map(key, last[replica].serves)
-            for replica in self._intent.fleet.observed
+            revision in (one.key for one in last[replica].serves)
+            for replica in self._desired_state.fleet.observed
             if replica in last
         )
 
@@ -176,20 +132,20 @@ class Tenants:
     ) -> None:
         def served() -> bool:
             self._refuse_failed(revision, since=since, said_before=said_before)
-            live = self._intent.fleet.observed.keys()
+            live = self._desired_state.fleet.observed.keys()
             return bool(live) and self._serving(revision) == live
 
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._reports.until(served)
         except TimeoutError:
-            waiting = sorted(self._intent.fleet.observed.keys() - self._serving(revision))
+            waiting = sorted(self._desired_state.fleet.observed.keys() - self._serving(revision))
             raise AdapterLoadTimeout(_short(revision), tuple(waiting), self._timeout_s) from None
 
     def _refuse_failed(
         self, revision: str, *, since: int, said_before: dict[str, OpenReport]
     ) -> None:
-        if revision not in self._intent.fleet.loaded:
+        if revision not in self._desired_state.fleet.loaded:
             raise AdapterLoadFailed(_short(revision), "it was unloaded meanwhile")
         for replica, line in self._reports.items():
             if said_before.get(replica) is line:  # it was asked again since
@@ -200,23 +156,23 @@ class Tenants:
                     raise AdapterLoadFailed(_short(revision), why)
 
     def _serving(self, revision: str) -> set[str]:
-        lines = self._reports.of(self._intent.fleet.observed)
+        lines = self._reports.of(self._desired_state.fleet.observed)
         return {replica for replica, line in lines.items() if line and line.serves(revision)}
 
     def _still_named(self, revision: str) -> bool:
-        if revision in self._intent.fleet.loaded:  # loaded again meanwhile
+        if revision in self._desired_state.fleet.loaded:  # loaded again meanwhile
             return False
-        lines = self._reports.of(self._intent.fleet.observed)
+        lines = self._reports.of(self._desired_state.fleet.observed)
         return any(line is None or line.names(revision) for line in lines.values())
 
     async def _take_back(self, revision: str, before: str | None, *, came_from: str) -> None:
         async with self._choosing:
-            if revision not in self._intent.fleet.loaded:  # somebody else was faster
+            if revision not in self._desired_state.fleet.loaded:  # somebody else was faster
                 return
             if before is None:
                 await self._feed(UnloadRequested(revision=revision, at=time.time()))
             else:
-                self._intent.sources[before] = came_from
+                self._desired_state.sources[before] = came_from
                 await self._feed(
                     LoadRequested(revision=before, instead_of=revision, at=time.time())
                 )
@@ -229,4 +185,4 @@ def _check(name: str) -> None:
 
 
 def _short(revision: str) -> str:
-    return str(from_key(revision))
+    return str(Revision.parse(revision))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from serve_app.rollout.state import Desired
-from serve_app.wire.reports import Report, key
+from serve_app.wire.reports import Report
 
 
 @dataclass(slots=True)
@@ -23,11 +23,11 @@ class OpenReport:
 
     def serves(self, revision: str) -> bool:
         """It said so, and was told nothing since that could have changed it."""
-        return self.told is None and revision in map(key, self.report.serves)
+        return self.told is None and revision in (one.key for one in self.report.serves)
 
     def names(self, revision: str) -> bool:
         """It may let requests in that name this revision, although it is not its default."""
-        return self.told is not None or revision in map(key, self.report.beside)
+        return self.told is not None or revision in (one.key for one in self.report.also_serves)
 
 
 class OpenReports:

@@ -15,17 +15,18 @@ from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import Any, TypeVar
 
-from hotswap_lib import HotswapError, Layout
-from serve_app.controller.canary_stats import Trial
-from serve_app.controller.desired_state import Check, Intent, known
-from serve_app.controller.images import AdapterStore, ImageShelf, ImageUnavailable, Put
-from serve_app.controller.journal import Fenced, Journal
+from hotswap_lib import HotswapError, Layout, Revision
+from serve_app.controller.canary_stats import CanaryStats
+from serve_app.controller.desired_state import Check, DesiredState, known
+from serve_app.controller.images import AdapterStore, ImageShelf, Put
+from serve_app.controller.journal import Journal
 from serve_app.controller.open_reports import OpenReport, OpenReports
 from serve_app.rollout.events import Event, Heard, Left, Reported, Ticked
 from serve_app.rollout.machine import Documents, silent
 from serve_app.rollout.state import Desired, Failure, Fleet
 from serve_app.settings import Settings
-from serve_app.wire.reports import Answer, Report, from_key, key
+from serve_app.wire.errors import Fenced, ImageUnavailable
+from serve_app.wire.reports import Answer, Report
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
@@ -36,7 +37,7 @@ _ACTED_ON = attrgetter(
 GRACE_S = 300.0  # longer than anything that brings an adapter back takes to fail
 
 
-class Dispatch:
+class ReportServer:
     """What replicas call, over one intent and one shelf of images. For one event loop."""
 
     def __init__(
@@ -46,9 +47,9 @@ class Dispatch:
         self._journal = Journal(state_uri)
         self._store = AdapterStore(state_uri)
         self._shelf = ImageShelf(self._store, put=put)
-        self._intent = Intent(self._journal, declared=settings.adapter)
+        self._desired_state = DesiredState(self._journal, declared=settings.adapter)
         self._reports = OpenReports()
-        self._trial = Trial()
+        self._canary_stats = CanaryStats()
         self._fenced: Fenced | None = None
         self._inbox: _Inbox | None = None
         self._documents: Documents | None = None
@@ -60,7 +61,7 @@ class Dispatch:
 
     @property
     def _fleet(self) -> Fleet:
-        return self._intent.fleet
+        return self._desired_state.fleet
 
     async def join(self, replica: str, layout: Layout) -> None:
         """A replica introduces its layout, so that images can be packed for it."""
@@ -73,17 +74,17 @@ class Dispatch:
         if not self._shelf.knows(report.layout):
             return Answer(introduce=True)
         line = self._reports.open(report)
-        self._trial.hear(report)
-        if report.acting_on is not None and not self._intent.knows(report.acting_on):
+        self._canary_stats.hear(report)
+        if report.acting_on is not None and not self._desired_state.knows(report.acting_on):
             await self._see_through(self._learn())
         await self._hear(
             Reported(
                 replica=report.replica,
-                holds=key(report.holds),
-                staged=None if report.staged is None else key(report.staged),
+                holds=report.holds.key,
+                staged=None if report.staged is None else report.staged.key,
                 serving=report.serving,
                 failure=report.failure or self._of_canary(report),
-                beside=tuple(map(key, report.beside)),
+                also_serves=tuple(one.key for one in report.also_serves),
                 traffic=None if report.acting_on is None else report.acting_on.traffic,
                 at=time.time(),
             )
@@ -98,7 +99,9 @@ class Dispatch:
         if not self._has_news(line) and not _failed(report, want):
             return Answer()
         line.told = want
-        named = {name: self._intent.sources.get(name) for name in (want.stable, *want.loaded)}
+        named = {
+            name: self._desired_state.sources.get(name) for name in (want.stable, *want.loaded)
+        }
         sources = tuple((name, where) for name, where in named.items() if where is not None)
         return await self._with_images(replace(want, sources=sources), report.layout)
 
@@ -115,17 +118,17 @@ class Dispatch:
         answer = Answer(desired=want)
         for name in {name for name in (want.hold, want.stage) if name is not None}:
             try:
-                answer.images[name] = await self._shelf.get(from_key(name), layout)
+                answer.images[name] = await self._shelf.get(Revision.parse(name), layout)
             except HotswapError as error:
                 answer.refused[name] = error
-        for name in want.beside:
+        for name in want.also_serves:
             try:
-                answer.images[name] = await self._shelf.get(from_key(name), layout)
+                answer.images[name] = await self._shelf.get(Revision.parse(name), layout)
             except HotswapError as error:
                 answer.refused[name] = error
             except Exception as error:  # it must not keep the default from its replica
                 why = f"{type(error).__name__}: {error}".splitlines()[0]
-                answer.refused[name] = ImageUnavailable(str(from_key(name)), why)
+                answer.refused[name] = ImageUnavailable(str(Revision.parse(name)), why)
         return answer
 
     async def _see_through(self, work: Coroutine[Any, Any, T]) -> T:
@@ -162,7 +165,7 @@ class Dispatch:
             if report.acting_on is not None
         }
         with self._leaving_if_fenced():
-            learnt = await self._intent.learn(documents)
+            learnt = await self._desired_state.learn(documents)
         if learnt:
             self._reports.ring()
 
@@ -198,8 +201,8 @@ class Dispatch:
         """Advance, journal when the intent changed, then ring the replicas that it concerns."""
         self._check_fenced()
         with self._leaving_if_fenced():
-            after = await self._intent.decide(event, check=check)
-        self._shelf.keep_only(self._intent.needed())
+            after = await self._desired_state.decide(event, check=check)
+        self._shelf.keep_only(self._desired_state.needed())
         self._forget(at=event.at)
         for name, line in self._reports.items():
             observed = after.observed.get(name)
@@ -271,7 +274,7 @@ class Dispatch:
 
 
 def digests(revisions: Iterable[str]) -> set[str]:
-    return {from_key(name).digest for name in revisions}
+    return {Revision.parse(name).digest for name in revisions}
 
 
 @dataclass(slots=True)
@@ -285,5 +288,5 @@ class _Inbox:
 def _failed(report: Report, want: Desired) -> bool:
     """Whether something that it shall have is missing because it could not bring it there."""
     failures = [*report.refused, *([] if report.failure is None else [report.failure])]
-    wanted = (want.hold, want.stage, *want.beside)
+    wanted = (want.hold, want.stage, *want.also_serves)
     return any(failure.revision in wanted for failure in failures)

@@ -1,6 +1,6 @@
 """What users ask of rollouts: start, promote, abort, pause, resume, retry, undo.
 
-Between the handle's methods (`serve_app.controller`) and the machine: plans are completed with what
+Between the handle's methods (`serve_app.controller.deployment`) and the machine: plans are completed with what
 this fleet can do, adapters are checked, and a request that was made before is recognized by its
 key. Every refusal comes before anything has changed.
 """
@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 
 from hotswap_lib import BASE, Revision, load_adapter
-from serve_app.controller.analysis import Analyst, Probing
+from serve_app.controller.analysis import CanaryAnalysis, Probing
 from serve_app.controller.fleet_view import rollout_view
-from serve_app.controller.report_server import Dispatch
+from serve_app.controller.report_server import ReportServer
+from serve_app.rollout.errors import IllegalEvent
 from serve_app.rollout.events import (
     AbortRequested,
     Asked,
@@ -25,21 +26,19 @@ from serve_app.rollout.events import (
     RetryRequested,
 )
 from serve_app.rollout.plan import InFlight, Plan
-from serve_app.rollout.state import Fleet, IllegalEvent, Rollout, State
+from serve_app.rollout.state import Fleet, Rollout, State
 from serve_app.settings import Settings
 from serve_app.wire.admin import RolloutView
 from serve_app.wire.errors import (
     FleetNotReady,
     KeyReused,
-    NoSuchRollout,
     NothingToUndo,
     PlanImpossible,
+    RolloutNotFound,
 )
-from serve_app.wire.reports import from_key, is_named
-from serve_app.wire.reports import key as as_key
 
 
-class Steering(Dispatch):
+class RolloutRequests(ReportServer):
     """A dispatch that users can talk to. For one event loop.
 
     `key`, wherever it is taken: the caller's own name for this request. The same request under it a
@@ -47,7 +46,7 @@ class Steering(Dispatch):
     `GenerationMismatch` when something was decided since.
     """
 
-    _analyst: Analyst
+    _canary_analysis: CanaryAnalysis
     _probing: Probing
 
     async def start_rollout(
@@ -98,7 +97,7 @@ class Steering(Dispatch):
         """
         scoped = _scoped("undo", key)
         if (known := self._keyed(scoped)) is not None:
-            if to is not None and not is_named(from_key(known.target), to):
+            if to is not None and not Revision.parse(known.target).matches(to):
                 raise KeyReused(str(key))
             return self._view(known)
         for one in self._all():  # it was there to abort, and this key did that
@@ -111,7 +110,7 @@ class Steering(Dispatch):
         revision = self._earlier(to)
         await self._images_of(revision)  # refuse now, not on the replicas
         plan = Plan(
-            adapter=self._intent.sources.get(as_key(revision), revision.name),
+            adapter=self._desired_state.sources.get(revision.key, revision.name),
             name=revision.name or None,
             in_flight=self._way_here(),
         )
@@ -184,7 +183,7 @@ class Steering(Dispatch):
             return await self._ask(id, asked)
         if rollout.state is State.SUCCEEDED:
             raise IllegalEvent("a retry", f"{id} has succeeded")
-        revision = from_key(rollout.target)
+        revision = Revision.parse(rollout.target)
         await self._images_of(revision)
         return await self._begin(rollout.plan, revision, expected_generation, scoped, key)
 
@@ -205,8 +204,8 @@ class Steering(Dispatch):
         scoped: str | None,
         key: str | None,
     ) -> RolloutView:
-        target = as_key(revision)
-        self._intent.sources[target] = plan.adapter
+        target = revision.key
+        self._desired_state.sources[target] = plan.adapter
         if scoped in self._fleet.keys and self._keyed(scoped) is None:
             raise KeyReused(str(key))  # so long ago that the rollout is forgotten
         asked = Asked(
@@ -248,9 +247,11 @@ class Steering(Dispatch):
         return self._view(known)
 
     def _earlier(self, to: str | None) -> Revision:
-        earlier = [from_key(name) for name in self._fleet.history if name != self._fleet.stable]
+        earlier = [
+            Revision.parse(name) for name in self._fleet.history if name != self._fleet.stable
+        ]
         for revision in reversed(earlier):
-            if to is None or is_named(revision, to):
+            if to is None or revision.matches(to):
                 return revision
         raise NothingToUndo(to)
 
@@ -259,7 +260,9 @@ class Steering(Dispatch):
             await self._shelf.get(revision, fingerprint)
 
     def _view(self, rollout: Rollout) -> RolloutView:
-        return rollout_view(self._fleet, rollout, latest=self._analyst.latest, trial=self._trial)
+        return rollout_view(
+            self._fleet, rollout, latest=self._canary_analysis.latest, step_id=self._canary_stats
+        )
 
     def _way_here(self) -> InFlight | None:
         """The policy of the rollout that an undo takes back; None: whatever the fleet can."""
@@ -278,7 +281,7 @@ class Steering(Dispatch):
         for one in self._all():
             if one.id == id:
                 return one
-        raise NoSuchRollout(id)
+        raise RolloutNotFound(id)
 
 
 def _still_running(id: str, asked: Requested) -> Callable[[Fleet], None]:

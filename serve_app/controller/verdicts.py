@@ -1,6 +1,6 @@
 """Numbers in, verdict out: what a canary's requests say about it.
 
-Pure. `serve_app.analyst` brings the numbers: tallies that the replicas counted, scores of probes,
+Pure. `serve_app.controller.analysis` brings the numbers: request_stats that the replicas counted, scores of probes,
 answers of Prometheus.
 """
 
@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from serve_app.engine.request_recorder import Tally
 from serve_app.rollout.analysis import (
     Analysis,
     Check,
@@ -21,6 +20,7 @@ from serve_app.rollout.analysis import (
     Probe,
     Query,
 )
+from serve_app.wire.request_stats import RequestStats
 
 _BETTER_LARGE = frozenset({"tokens_per_second"})
 _UNITS = {"latency": " s", "time_to_first_token": " s", "tokens_per_second": " tokens/s"}
@@ -42,7 +42,7 @@ def outcome(measurements: Iterable[Measurement]) -> Outcome:
     return Outcome.PASS
 
 
-def checks(analysis: Analysis, canary: Tally, stable: Tally) -> list[Measurement]:
+def checks(analysis: Analysis, canary: RequestStats, stable: RequestStats) -> list[Measurement]:
     """Each built-in check, on what the two revisions answered in the same time."""
     return [
         _check(check, canary, stable, least=analysis.min_samples, no_data=analysis.no_data)
@@ -77,7 +77,7 @@ def broken(name: str, why: str) -> Measurement:
 
 
 def _check(
-    check: Check, canary: Tally, stable: Tally, *, least: int, no_data: NoData
+    check: Check, canary: RequestStats, stable: RequestStats, *, least: int, no_data: NoData
 ) -> Measurement:
     name = check.metric if check.of is None else f"{check.metric} p{100 * check.of:g}"
     ours, theirs = _size(check, canary), _size(check, stable)
@@ -111,29 +111,29 @@ def _check(
     return _as(said, Outcome.FAIL if fails else Outcome.PASS, why)
 
 
-def _size(check: Check, tally: Tally) -> int:
-    return tally.requests if check.metric == "error_rate" else len(_values(check, tally))
+def _size(check: Check, stats: RequestStats) -> int:
+    return stats.requests if check.metric == "error_rate" else len(_values(check, stats))
 
 
-def _values(check: Check, tally: Tally) -> list[float]:
+def _values(check: Check, stats: RequestStats) -> list[float]:
     match check.metric:
         case "latency":
-            return tally.latency_s
+            return stats.latency_s
         case "time_to_first_token":
-            return tally.first_token_s
+            return stats.first_token_s
         case "tokens_per_second":
-            return tally.tokens_per_s
+            return stats.tokens_per_s
     raise AssertionError("errors are counted")
 
 
-def _figure(check: Check, tally: Tally) -> float:
+def _figure(check: Check, stats: RequestStats) -> float:
     if check.of is None:
-        return tally.errors / tally.requests
-    ranked = sorted(_values(check, tally))
+        return stats.errors / stats.requests
+    ranked = sorted(_values(check, stats))
     return ranked[min(int(check.of * len(ranked)), len(ranked) - 1)]
 
 
-def _worse(check: Check, canary: Tally, stable: Tally) -> _Worse:
+def _worse(check: Check, canary: RequestStats, stable: RequestStats) -> _Worse:
     if check.metric == "error_rate":
         return _worse_share(canary.errors, canary.requests, stable.errors, stable.requests)
     from scipy.stats import mannwhitneyu  # a second to import: for whoever compares

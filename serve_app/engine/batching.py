@@ -20,9 +20,10 @@ import torch
 from ray import serve
 
 from hotswap_lib import Revision, Slot
-from serve_app.engine.engine import Engine, EngineStopped, GenerationFailed, Ticket
+from serve_app.engine.engine import Engine, Ticket
 from serve_app.settings import Settings
 from serve_app.wire.admin import LaneView
+from serve_app.wire.errors import EngineStopped, GenerationFailed
 
 logger = logging.getLogger("ray.serve")
 
@@ -174,11 +175,11 @@ class BatchEngine(Engine, Generic[J]):
     # ---- in the thread ------------------------------------------------------------------------
 
     def _warm_up(self) -> None:
-        with self.turns.on(self.slot.revision), torch.no_grad():
+        with self.weight_lock.on(self.slot.revision), torch.no_grad():
             self._run_every_shape()
 
     def _run_turn(self, jobs: Sequence[J]) -> list[Any]:
-        with self.turns.on(jobs[0].revision), torch.no_grad():
+        with self.weight_lock.on(jobs[0].revision), torch.no_grad():
             return self._run_or_part(jobs)
 
     def _run_or_part(self, jobs: Sequence[J]) -> list[Any]:

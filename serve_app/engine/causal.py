@@ -1,8 +1,8 @@
 """Text generation with a causal model: transformers' continuous batching, one manager a lane.
 
 Requests go in as token ids and come out as tokens. Each lane has one revision, a paged KV cache and
-a generation thread of its own; all share one model, and take turns at its weights step by step
-(`serve_app.turns`). A lane that changes its revision forgets its cached prefixes first: they are
+a generation thread of its own; all share one model, and take weight_lock at its weights step by step
+(`serve_app.engine.weight_lock`). A lane that changes its revision forgets its cached prefixes first: they are
 found by tokens alone and would serve another adapter's keys and values.
 """
 
@@ -20,13 +20,15 @@ from hotswap_lib import Revision, Slot
 from serve_app.engine.attention import make_opaque
 from serve_app.engine.compile import compile_layers, compile_regions
 from serve_app.engine.continuous_batching import PAGE_TOKENS, LaneManager
-from serve_app.engine.engine import Engine, EngineStopped, GenerationFailed, Step, Ticket
+from serve_app.engine.engine import Engine, Ticket
 from serve_app.engine.lanes import Lanes
-from serve_app.engine.sampling_params import Sampling
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.steps import GenerationOutput
 from serve_app.settings import Settings
 from serve_app.wire.admin import LaneView
+from serve_app.wire.errors import EngineStopped, GenerationFailed
 
-_GREEDY = Sampling(temperature=0.0)
+_GREEDY = SamplingParams(temperature=0.0)
 
 
 class CausalEngine(Engine):
@@ -41,12 +43,13 @@ class CausalEngine(Engine):
         self.compiled_regions = _compile(model) if settings.compile else 0
         self._lanes = Lanes(settings.lanes, self._clear, wait=settings.lane_overflow == "wait")
         self._managers = [
-            LaneManager(model, settings, self.turns, eos_token_ids) for _ in range(settings.lanes)
+            LaneManager(model, settings, self.weight_lock, eos_token_ids)
+            for _ in range(settings.lanes)
         ]
 
     def start(self) -> None:
         for manager in self._managers:
-            with self.turns.on(self.default):
+            with self.weight_lock.on(self.default):
                 manager.warmup()  # captures CUDA graphs where there are any
             manager.start()
 
@@ -65,7 +68,7 @@ class CausalEngine(Engine):
         """
         began = time.monotonic()
         short, long = [1, 2, 3, 4], list(range(5, 5 + 2 * PAGE_TOKENS))
-        sampled = Sampling(temperature=1.0, top_p=0.9, seed=0)
+        sampled = SamplingParams(temperature=1.0, top_p=0.9, seed=0)
         for manager in self._managers:
             manager.revision = self.default
             for prompts in ([[1]], [short], [short, long], [long] * 3):
@@ -90,9 +93,9 @@ class CausalEngine(Engine):
         prompt_ids: list[int],
         *,
         max_tokens: int,
-        sampling: Sampling,
+        sampling: SamplingParams,
         stream: bool,
-    ) -> AsyncGenerator[Step, None]:
+    ) -> AsyncGenerator[GenerationOutput, None]:
         assert ticket.seat is not None
         manager = self._managers[ticket.seat]
         if len(prompt_ids) + max_tokens > manager.capacity:  # alone, it would stop the thread
@@ -140,7 +143,9 @@ class CausalEngine(Engine):
                 raise
             manager.revision = revision
 
-    async def _warm(self, manager: LaneManager, prompt_ids: list[int], sampling: Sampling) -> None:
+    async def _warm(
+        self, manager: LaneManager, prompt_ids: list[int], sampling: SamplingParams
+    ) -> None:
         request_id = uuid.uuid4().hex
         async for _ in manager.run(
             request_id, prompt_ids, max_tokens=4, sampling=sampling, stream=False

@@ -1,6 +1,6 @@
 """Which parts of a model are compiled.
 
-With attention made opaque (`serve_app.attention`), whole decoder layers: one graph for all of them.
+With attention made opaque (`serve_app.engine.attention`), whole decoder layers: one graph for all of them.
 Elsewhere the blocks inside repeated layers that do not know which layer they are: MLPs,
 projections, norms; the adapter's matrices are in them. Attention itself is left out there: it hands
 `layer_idx` to the cache, dynamo guards on that number, and so would compile it once per layer until

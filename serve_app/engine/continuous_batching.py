@@ -1,7 +1,7 @@
 """One lane's generation: transformers' continuous batching, its steps taken in turns.
 
 A manager has a paged KV cache and a thread of its own, and shares the model with those of the other
-lanes: each step is a turn (`serve_app.turns`) on the revision of its lane. A step that raises is
+lanes: each step is a turn (`serve_app.engine.weight_lock`) on the revision of its lane. A step that raises is
 taken apart until the request that makes it raise is known; that one fails, the others go on.
 
 Everything of transformers' manager that is not public API is used here, and nowhere else.
@@ -22,17 +22,19 @@ from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchingManager,
     ContinuousBatchProcessor,
 )
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
+from transformers.generation.continuous_batching.requests import GenerationOutput as ManagerOutput
+from transformers.generation.continuous_batching.requests import RequestState
 from transformers.generation.continuous_batching.scheduler import (
     SCHEDULER_MAPPING,
     FIFOScheduler,
 )
 
-from serve_app.engine.engine import EngineStopped, GenerationFailed, Step
 from serve_app.engine.sampler import Sampler
-from serve_app.engine.sampling_params import Sampling, TokenLogprobs
-from serve_app.engine.weight_lock import Turns
+from serve_app.engine.sampling_params import SamplingParams, TokenLogprobs
+from serve_app.engine.steps import GenerationOutput
+from serve_app.engine.weight_lock import WeightLock
 from serve_app.settings import Settings
+from serve_app.wire.errors import EngineStopped, GenerationFailed
 
 logger = logging.getLogger("ray.serve")
 PAGE_TOKENS = 32  # of a block of the KV cache
@@ -82,7 +84,11 @@ class LaneManager(ContinuousBatchingManager):  # type: ignore[misc]
     """transformers' manager, with its steps taken in turns and a request's crash kept to itself."""
 
     def __init__(
-        self, model: PreTrainedModel, settings: Settings, turns: Turns, eos_token_ids: list[int]
+        self,
+        model: PreTrainedModel,
+        settings: Settings,
+        weight_lock: WeightLock,
+        eos_token_ids: list[int],
     ) -> None:
         super().__init__(
             model=model,
@@ -105,8 +111,8 @@ class LaneManager(ContinuousBatchingManager):  # type: ignore[misc]
             ),
         )
         self.capacity = settings.lane_tokens
-        self.revision = turns.slot.revision
-        self._turns = turns
+        self.revision = weight_lock.slot.revision
+        self._weight_lock = weight_lock
         self._sampler = Sampler(max_logprobs=settings.max_logprobs)
         self.logit_processor = self._sampler
         self._notes: dict[str, _Notes] = {}
@@ -122,13 +128,13 @@ class LaneManager(ContinuousBatchingManager):  # type: ignore[misc]
         prompt_ids: list[int],
         *,
         max_tokens: int,
-        sampling: Sampling,
+        sampling: SamplingParams,
         stream: bool,
-    ) -> AsyncGenerator[Step, None]:
+    ) -> AsyncGenerator[GenerationOutput, None]:
         """Steps of one request; only the finished one unless `stream`."""
         if not self.alive:
             raise EngineStopped
-        outputs: asyncio.Queue[GenerationOutput] = asyncio.Queue()
+        outputs: asyncio.Queue[ManagerOutput] = asyncio.Queue()
         notes = self._notes[request_id] = _Notes()
         self.register_result_handler(request_id, outputs.put_nowait)
         try:
@@ -148,7 +154,7 @@ class LaneManager(ContinuousBatchingManager):  # type: ignore[misc]
                 if output.error is not None:
                     raise GenerationFailed(output.error) if self.alive else EngineStopped
                 tokens = output.generated_tokens
-                yield Step(
+                yield GenerationOutput(
                     token_ids=tokens,
                     finished=finished,
                     logprobs=notes.logprobs[: len(tokens)],
@@ -192,7 +198,7 @@ class LaneManager(ContinuousBatchingManager):  # type: ignore[misc]
             self.cancel_queue.empty() and processor.scheduler.request_is_cancelled(request_id)
         )
 
-    async def _next(self, outputs: asyncio.Queue[GenerationOutput]) -> GenerationOutput:
+    async def _next(self, outputs: asyncio.Queue[ManagerOutput]) -> ManagerOutput:
         while True:
             try:
                 async with asyncio.timeout(1.0):
@@ -204,7 +210,7 @@ class LaneManager(ContinuousBatchingManager):  # type: ignore[misc]
     # ---- in the generation thread -------------------------------------------------------------
 
     def _generation_step(self) -> None:
-        with self._turns.on(self.revision):
+        with self._weight_lock.on(self.revision):
             try:
                 super()._generation_step()
             except Exception as error:

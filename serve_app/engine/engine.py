@@ -3,104 +3,40 @@
 A request comes in through `admit`, which decides once on which revision it runs; whatever changes
 afterwards, it stays there to its last token. There is one default revision, for everybody who names
 none, and any number beside it. An engine differs from another in how it runs requests:
-`serve_app.causal` generates with continuous batching in lanes, `serve_app.batches` runs batches.
+`serve_app.engine.causal` generates with continuous batching in lanes, `serve_app.engine.batching` runs batches.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
 from typing import TypeVar
 
-from hotswap_lib import CompileGuard, Receipt, Revision, Slot, Staged
+from hotswap_lib import CompileGuard, Revision, Slot, Staged
 from serve_app.engine.admission import Admission
-from serve_app.engine.request_recorder import PROBE, Ledger
-from serve_app.engine.sampling_params import Sampling, TokenLogprobs
-from serve_app.engine.weight_lock import Turns
+from serve_app.engine.request_recorder import RequestRecorder
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.steps import Cutover, GenerationOutput
+from serve_app.engine.weight_lock import WeightLock
 from serve_app.rollout.plan import InFlight
 from serve_app.rollout.state import Traffic
-from serve_app.rollout.traffic_split import Split
+from serve_app.rollout.traffic_split import TrafficSplit
 from serve_app.settings import Settings
 from serve_app.wire.admin import LaneView
-from serve_app.wire.reports import is_named, key
+from serve_app.wire.errors import (
+    DeadlineExceeded,
+    EngineStopped,
+    GenerationFailed,
+    RevisionNotServed,
+)
+from serve_app.wire.request_stats import PROBE
 
 T = TypeVar("T")
-
-
-class GenerationFailed(Exception):
-    """The engine could not finish a request."""
-
-    code = "generation_failed"
-
-    def __init__(self, why: str) -> None:
-        super().__init__(why)
-        self.why = why
-
-    def __str__(self) -> str:
-        return f"the generation failed: {self.why}"
-
-
-class EngineStopped(Exception):
-    """The thread that runs the model is gone; the replica must be replaced."""
-
-    code = "engine_stopped"
-
-    def __str__(self) -> str:
-        return "the thread that runs the model has stopped"
-
-
-class RevisionNotServed(Exception):
-    """A request names a model or revision that this replica does not answer with."""
-
-    code = "model_not_found"
-
-    def __init__(self, pin: str, served: tuple[str, ...]) -> None:
-        super().__init__(pin, served)
-        self.pin, self.served = pin, served
-
-    def __str__(self) -> str:
-        return f"no model or revision {self.pin!r} is served; live are {', '.join(self.served)}"
-
-
-class DeadlineExceeded(Exception):
-    """The request took longer than `request_timeout_s`; it was cancelled."""
-
-    code = "deadline_exceeded"
-
-    def __init__(self, timeout_s: float) -> None:
-        super().__init__(timeout_s)
-        self.timeout_s = timeout_s
-
-    def __str__(self) -> str:
-        return f"the request was not finished after {self.timeout_s:g} s"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """What a generation has so far: all its tokens, the end token included.
-
-    `logprobs`: one for each token, when the request wants them; else empty. `first_at`: when there
-    was a first token, on `time.perf_counter`'s clock.
-    """
-
-    token_ids: list[int]
-    finished: bool
-    logprobs: Sequence[TokenLogprobs] = ()
-    first_at: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cutover:
-    """What changing the default revision did, and how long its phases took."""
-
-    receipt: Receipt
-    drain_ms: float
-    verify_ms: float
 
 
 class Engine(ABC):
@@ -114,11 +50,11 @@ class Engine(ABC):
         self.settings = settings
         self.admission = Admission()
         self.guard = CompileGuard()
-        self.turns = Turns(slot)
+        self.weight_lock = WeightLock(slot)
         self.default = slot.revision
         self.traffic: Traffic | None = None
-        self.ledger = Ledger()
-        self._split = Split()
+        self.recorder = RequestRecorder()
+        self._split = TrafficSplit(start=random.random())
         self._beside: set[Revision] = set()
         self._running: Counter[Revision] = Counter()
         self._proving: Counter[Revision] = Counter()
@@ -150,9 +86,9 @@ class Engine(ABC):
         prompt_ids: list[int],
         *,
         max_tokens: int,
-        sampling: Sampling,
+        sampling: SamplingParams,
         stream: bool,
-    ) -> AsyncGenerator[Step, None]:
+    ) -> AsyncGenerator[GenerationOutput, None]:
         """Behind `Ticket.generate`, for engines that generate text."""
         raise NotImplementedError
 
@@ -186,7 +122,7 @@ class Engine(ABC):
         Args:
             pin: the revision that the request names (`name`, `name@digest8` or in full).
             session: what the request belongs to; all of a session get the same revision, as long
-                as a canary's share does not grow. Those of `PROBE` do not count in the ledger.
+                as a canary's share does not grow. Those of `PROBE` do not count in the recorder.
 
         Raises:
             RevisionNotServed: nobody has brought that one here.
@@ -195,7 +131,7 @@ class Engine(ABC):
         """
         deadline = asyncio.timeout(self.settings.request_timeout_s)
         arrived, ticket = time.perf_counter(), None
-        trial = None if session == PROBE else self.ledger.trial
+        step_id = None if session == PROBE else self.recorder.step_id
         try:
             async with deadline:
                 await self.admission.enter()
@@ -210,29 +146,29 @@ class Engine(ABC):
         except TimeoutError:
             if not deadline.expired():
                 raise
-            self._write(ticket, trial, arrived, chosen=pin is None, failed=True)
+            self._write(ticket, step_id, arrived, chosen=pin is None, failed=True)
             raise DeadlineExceeded(self.settings.request_timeout_s) from None
         except (GenerationFailed, EngineStopped):
-            self._write(ticket, trial, arrived, chosen=pin is None, failed=True)
+            self._write(ticket, step_id, arrived, chosen=pin is None, failed=True)
             raise
         else:
-            self._write(ticket, trial, arrived, chosen=pin is None, failed=False)
+            self._write(ticket, step_id, arrived, chosen=pin is None, failed=False)
 
     def _write(
         self,
         ticket: Ticket | None,
-        trial: str | None,
+        step_id: str | None,
         arrived: float,
         *,
         chosen: bool,
         failed: bool,
     ) -> None:
-        """Into the ledger. Who was refused, or went away, says nothing about a revision."""
+        """Into the recorder. Who was refused, or went away, says nothing about a revision."""
         if ticket is None:
             return
-        self.ledger.write(
-            key(ticket.revision),
-            trial=trial,
+        self.recorder.write(
+            ticket.revision.key,
+            step_id=step_id,
             chosen=chosen,
             failed=failed,
             latency_s=time.perf_counter() - arrived,
@@ -246,21 +182,21 @@ class Engine(ABC):
         if now is None or now.placement == "dedicated":
             return self.default
         for revision in self._beside:
-            if key(revision) == now.canary:
+            if revision.key == now.canary:
                 return revision if self._split.to_canary(now, session) else self.default
         return self.default
 
     def go_by(self, traffic: Traffic | None) -> None:
-        """From the next request on. What is measured begins anew with every trial."""
+        """From the next request on. What is measured begins anew with every step_id."""
         self.traffic = traffic
-        self.ledger.open(None if traffic is None else traffic.trial)
+        self.recorder.open(None if traffic is None else traffic.step_id)
 
     def _named(self, pin: str | None) -> Revision:
         if pin is None:
             return self.default
         # beside first: a name alone means what was loaded under it, also when a default has it too
         for revision in (*sorted(self._beside, key=str), self.default):
-            if is_named(revision, pin):
+            if revision.matches(pin):
                 return revision
         raise RevisionNotServed(pin, tuple(map(str, self.serves)))
 
@@ -308,7 +244,9 @@ class Engine(ABC):
                 return await self._switch(staged, drained_s=time.monotonic() - began)
 
     async def _switch(self, staged: Staged, *, drained_s: float) -> Cutover:
-        receipt, verify_s = await _finished(asyncio.to_thread(self.turns.prove, staged.revision))
+        receipt, verify_s = await _finished(
+            asyncio.to_thread(self.weight_lock.commit_and_verify, staged.revision)
+        )
         before, self.default = self.default, staged.revision
         self._forget_unused(before)
         return Cutover(receipt=receipt, drain_ms=drained_s * 1e3, verify_ms=verify_s * 1e3)
@@ -316,7 +254,7 @@ class Engine(ABC):
     async def hold(self, staged: Staged) -> None:
         """Answer with this revision too, when a request names it. Raises `VerifyFailed`."""
         with self._arriving(staged):
-            await _finished(asyncio.to_thread(self.turns.prove, staged.revision))
+            await _finished(asyncio.to_thread(self.weight_lock.commit_and_verify, staged.revision))
             self._beside.add(staged.revision)
 
     def drop(self, revision: Revision) -> None:
@@ -328,7 +266,7 @@ class Engine(ABC):
     def _arriving(self, staged: Staged) -> Iterator[None]:
         """Here while it is proved, although older requests on the same revision may end now."""
         self._proving[staged.revision] += 1
-        self.turns.add(staged)
+        self.weight_lock.add(staged)
         try:
             yield
         finally:
@@ -339,7 +277,7 @@ class Engine(ABC):
         held = revision == self.default or revision in self._beside or revision in self._proving
         if not held and self._running[revision] <= 0:
             del self._running[revision]
-            self.turns.drop(revision)
+            self.weight_lock.drop(revision)
             self._forgotten(revision)
 
     def _forgotten(self, revision: Revision) -> None:  # noqa: B027
@@ -357,15 +295,15 @@ class Ticket:
         self.leaving: set[asyncio.Task[None]] = set()  # what it cancelled and the engine still has
         self._engine = engine
 
-    def heard(self, step: Step, *, new: int) -> None:
+    def heard(self, step: GenerationOutput, *, new: int) -> None:
         """A generation has `new` tokens more."""
         self.tokens += new
         if step.first_at is not None:
             self.first_at = min(step.first_at, self.first_at or step.first_at)
 
     def generate(
-        self, prompt_ids: list[int], *, max_tokens: int, sampling: Sampling, stream: bool
-    ) -> AsyncGenerator[Step, None]:
+        self, prompt_ids: list[int], *, max_tokens: int, sampling: SamplingParams, stream: bool
+    ) -> AsyncGenerator[GenerationOutput, None]:
         """Steps of one generation; only the finished one unless `stream`.
 
         Leaving the iterator early cancels the generation.

@@ -14,22 +14,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from hotswap_lib import Revision
+from serve_app.wire.errors import LanesTaken
 
-TURN_S = 1.0  # shorter turns would spend themselves on emptying and filling lanes
+TURN_S = 1.0  # shorter weight_lock would spend themselves on emptying and filling lanes
 Clear = Callable[[int, Revision], Awaitable[None]]
-
-
-class LanesTaken(Exception):
-    """Every lane is busy with another revision, and waiting was not wanted."""
-
-    code = "lanes_taken"
-
-    def __init__(self, revision: str, lanes: int) -> None:
-        super().__init__(revision, lanes)
-        self.revision, self.lanes = revision, lanes
-
-    def __str__(self) -> str:
-        return f"all {self.lanes} lanes are busy with other revisions than {self.revision}"
 
 
 @dataclass(slots=True, eq=False)

@@ -25,9 +25,9 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 
-from serve_app.engine.sampling_params import Sampling, TokenLogprobs
+from serve_app.engine.sampling_params import SamplingParams, TokenLogprobs
 
-_GREEDY = Sampling(temperature=0.0)
+_GREEDY = SamplingParams(temperature=0.0)
 _ARGUMENTS = 4
 _FORCED = -1.0
 _COLDEST = 1e-4  # below this a temperature is as good as 0, and 1 / temperature would overflow
@@ -36,7 +36,7 @@ _UNIFORM_BYTES = 3  # 24 bits, so that u is exact, and below 1, in float32
 _NO_LOGPROB = -9999.0  # OpenAI's number for what JSON cannot say
 
 
-def uniform(sampling: Sampling, position: int) -> float:
+def uniform(sampling: SamplingParams, position: int) -> float:
     """A number in [0, 1) for the token at `position` of the sequence, the prompt counted."""
     if sampling.seed is None:
         return random.random()
@@ -45,7 +45,7 @@ def uniform(sampling: Sampling, position: int) -> float:
 
 
 def choose(
-    scores_BV: torch.Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]
+    scores_BV: torch.Tensor, samplings: Sequence[SamplingParams], uniforms: Sequence[float]
 ) -> torch.Tensor:
     """The token of each row, int64 [B], on the device of the scores, which stay as they are.
 
@@ -78,9 +78,11 @@ class Sampler(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """Raises TypeError unless there is a `Sampling` as `sampling`, or nothing."""
         if kwargs and not (
-            list(kwargs) == ["sampling"] and isinstance(kwargs["sampling"], Sampling)
+            list(kwargs) == ["sampling"] and isinstance(kwargs["sampling"], SamplingParams)
         ):
-            raise TypeError(f"a request takes sampling=Sampling(...) or nothing, not {kwargs}")
+            raise TypeError(
+                f"a request takes sampling=SamplingParams(...) or nothing, not {kwargs}"
+            )
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.zero_()  # the bits of 0.0: temperature 0, greedy
@@ -153,7 +155,7 @@ class Sampler(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
 
 
 def _arguments(
-    samplings: Sequence[Sampling], uniforms: Sequence[float], forced: Sequence[int | None]
+    samplings: Sequence[SamplingParams], uniforms: Sequence[float], forced: Sequence[int | None]
 ) -> torch.Tensor:
     rows = [
         (sampling.temperature, sampling.top_p, sampling.top_k, min(u, 1 - 2**-24))

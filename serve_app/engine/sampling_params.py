@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How one request wants its tokens drawn.
 
     Attributes:
@@ -46,10 +45,3 @@ class TokenLogprobs:
 
     chosen: float
     top: tuple[tuple[int, float], ...] = ()
-
-
-class TextScore(NamedTuple):
-    """The sum of the natural logarithms of the probabilities of `tokens` tokens."""
-
-    logprob: float
-    tokens: int

@@ -24,12 +24,14 @@ from transformers import (
 
 from hotswap_lib import Revision, Slot
 from serve_app.engine.batching import BatchEngine, Job
-from serve_app.engine.engine import EngineStopped, Step, Ticket
+from serve_app.engine.engine import Ticket
 from serve_app.engine.sampler import choose, uniform
-from serve_app.engine.sampling_params import Sampling, TokenLogprobs
+from serve_app.engine.sampling_params import SamplingParams, TokenLogprobs
+from serve_app.engine.steps import GenerationOutput
 from serve_app.settings import Settings
+from serve_app.wire.errors import EngineStopped
 
-_GREEDY = Sampling(temperature=0.0)
+_GREEDY = SamplingParams(temperature=0.0)
 _NO_LOGPROB = -9999.0  # OpenAI's number for what JSON cannot say
 
 
@@ -42,7 +44,7 @@ class Generation(Job):
         prompt_ids: list[int],
         *,
         max_tokens: int,
-        sampling: Sampling,
+        sampling: SamplingParams,
         stream: bool,
     ) -> None:
         super().__init__(revision)
@@ -54,7 +56,7 @@ class Generation(Job):
         self.logprobs: list[TokenLogprobs] = []
         self.before: list[int] = []  # what the decoder begins with
         self.finished = False
-        self.news: asyncio.Queue[Step | None] = asyncio.Queue()
+        self.news: asyncio.Queue[GenerationOutput | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -71,12 +73,12 @@ class Generation(Job):
             self.logprobs.append(logprobs)
         self.finished = last or len(self.token_ids) >= self.max_tokens
         if self.finished or self.stream:
-            step = Step(
+            step = GenerationOutput(
                 token_ids=[*self.token_ids], finished=self.finished, logprobs=[*self.logprobs]
             )
             self._loop.call_soon_threadsafe(self._tell, step)
 
-    def _tell(self, step: Step) -> None:
+    def _tell(self, step: GenerationOutput) -> None:
         self.news.put_nowait(step)
         if step.finished:  # what else is in its batch is no concern of this request
             self.finish(None)
@@ -99,9 +101,9 @@ class Seq2SeqEngine(BatchEngine[Generation]):
         prompt_ids: list[int],
         *,
         max_tokens: int,
-        sampling: Sampling,
+        sampling: SamplingParams,
         stream: bool,
-    ) -> AsyncGenerator[Step, None]:
+    ) -> AsyncGenerator[GenerationOutput, None]:
         job = Generation(
             ticket.revision, prompt_ids, max_tokens=max_tokens, sampling=sampling, stream=stream
         )

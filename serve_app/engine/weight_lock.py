@@ -1,8 +1,8 @@
-"""Turns: several revisions over one set of weights, one step at a time.
+"""WeightLock: several revisions over one set of weights, one step at a time.
 
 Whoever wants a forward pass takes a turn and names a revision. If that is not the live one, its
 image is committed first, which is one copy; so a step always runs on the revision that it was meant
-for. Turns are given in the order in which they were asked for: a busy lane cannot starve another.
+for. WeightLock are given in the order in which they were asked for: a busy lane cannot starve another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from hotswap_lib import Receipt, Revision, Slot, Staged
 
 
-class Turns:
+class WeightLock:
     """The staged images of a replica's revisions, and who may run the model now."""
 
     def __init__(self, slot: Slot) -> None:
@@ -41,7 +41,7 @@ class Turns:
                 self.commits += 1
             yield
 
-    def prove(self, revision: Revision) -> tuple[Receipt, float]:
+    def commit_and_verify(self, revision: Revision) -> tuple[Receipt, float]:
         """Commit `revision` and compare every byte. Returns the receipt and seconds of verifying.
 
         Raises:

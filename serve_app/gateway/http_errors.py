@@ -20,41 +20,31 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from hotswap_lib import AdapterRefused, HotswapError
-from serve_app.controller.journal import Fenced
-from serve_app.controller.loaded_adapters import (
+from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
+from serve_app.wire.admin import ErrorBody, ErrorDetail
+from serve_app.wire.errors import (
     AdapterAlreadyLoaded,
     AdapterLoadFailed,
     AdapterLoadTimeout,
     AdapterNotLoaded,
-)
-from serve_app.engine.engine import (
     DeadlineExceeded,
     EngineStopped,
-    GenerationFailed,
-    RevisionNotServed,
-)
-from serve_app.engine.lanes import LanesTaken
-from serve_app.gateway.readiness import NobodyServes
-from serve_app.openai.requests import RequestRefused
-from serve_app.probes import ProbeInvalid
-from serve_app.rollout.state import GenerationMismatch, IllegalEvent
-from serve_app.wire.admin import ErrorBody, ErrorDetail
-from serve_app.wire.errors import (
+    Fenced,
     FleetNotReady,
+    GenerationFailed,
+    InvalidRequest,
     KeyReused,
-    NoSuchRollout,
+    LanesTaken,
+    NoReplicaReady,
+    NotAuthorized,
     NothingToUndo,
     PlanImpossible,
+    ProbeInvalid,
+    RevisionNotServed,
+    RolloutNotFound,
 )
 
 logger = logging.getLogger("ray.serve")
-
-
-class NotAuthorized(Exception):
-    code = "not_authorized"
-
-    def __str__(self) -> str:
-        return "the admin routes need the bearer token of the settings"
 
 
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
@@ -62,7 +52,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (PlanImpossible, 400),
     (ProbeInvalid, 400),
     (NotAuthorized, 401),
-    (NoSuchRollout, 404),
+    (RolloutNotFound, 404),
     (RevisionNotServed, 404),
     (AdapterNotLoaded, 404),
     (NothingToUndo, 409),
@@ -76,7 +66,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (GenerationFailed, 500),
     (FleetNotReady, 503),
     (Fenced, 503),
-    (NobodyServes, 503),
+    (NoReplicaReady, 503),
     (EngineStopped, 503),
     (AdapterLoadTimeout, 504),
     (DeadlineExceeded, 504),
@@ -122,7 +112,7 @@ def _documented(status: int) -> dict[str, Any]:
 def install_error_handlers(app: FastAPI) -> None:
     kinds = [
         RayError,
-        RequestRefused,
+        InvalidRequest,
         RequestValidationError,
         HTTPException,
         ReplicaUnavailableError,
@@ -166,7 +156,7 @@ def _response(status: int, detail: ErrorDetail) -> JSONResponse:
 
 
 class EnvelopeRoute(APIRoute):
-    """Answers itself what Serve would: it puts handlers of its own for these into any FastAPI."""
+    """GenerationServing itself what Serve would: it puts handlers of its own for these into any FastAPI."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -185,7 +175,7 @@ def describe(error: Exception) -> tuple[int, ErrorDetail]:
     cause = getattr(error, "cause", None)
     error = cause if isinstance(cause, Exception) else error  # what the handle's far side raised
     match error:
-        case RequestRefused():
+        case InvalidRequest():
             return error.status, _detail(error.code, str(error), param=error.param)
         case RequestValidationError():
             return 400, _validation(error)

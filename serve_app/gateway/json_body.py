@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from fastapi import Request, Response
 
 from serve_app.gateway.http_errors import EnvelopeRoute
-from serve_app.openai.requests import RequestRefused
+from serve_app.wire.errors import InvalidRequest
 
 MOST_NAMES = 1000  # in one object: each unknown one would be an error of its own
 
@@ -42,10 +42,10 @@ class _JsonRequest(Request):
 
 
 def parse(body: bytes, content_type: str) -> Any:
-    """The JSON value. Raises `RequestRefused`."""
+    """The JSON value. Raises `InvalidRequest`."""
     if not _is_json(content_type):
         message = "the body must be JSON, with the header content-type: application/json"
-        raise RequestRefused(415, "unsupported_media_type", message)
+        raise InvalidRequest(415, "unsupported_media_type", message)
     if not body:
         raise _refused("the body is empty")
     try:
@@ -80,5 +80,5 @@ def _no_number(word: str) -> NoReturn:
     raise _refused(f"{word} is not JSON")
 
 
-def _refused(message: str) -> RequestRefused:
-    return RequestRefused(400, "invalid_json", message)
+def _refused(message: str) -> InvalidRequest:
+    return InvalidRequest(400, "invalid_json", message)

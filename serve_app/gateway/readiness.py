@@ -18,22 +18,14 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.wire.admin import FleetView
+from serve_app.wire.errors import NoReplicaReady
 
 PATIENCE_S = 5.0
 _LOOK_TIMEOUT_S = 5.0
 T = TypeVar("T")
 
 
-class NobodyServes(Exception):
-    """No replica is there to answer."""
-
-    code = "not_ready"
-
-    def __str__(self) -> str:
-        return "no replica is there to answer; ask again in a moment"
-
-
-class Presence:
+class Readiness:
     """For one event loop. `controller`: the handle that says who is there.
 
     `look_s`: how long one look is good for.
@@ -50,12 +42,12 @@ class Presence:
         self._looked_at = 0.0
 
     async def expect(self) -> None:
-        """Raises `NobodyServes` when that is known before anything is asked."""
+        """Raises `NoReplicaReady` when that is known before anything is asked."""
         if self._nobody and not await self._somebody():
-            raise NobodyServes
+            raise NoReplicaReady
 
     async def wait(self, call: Any, result: Awaitable[T]) -> T:
-        """`result`, which waits for what the handle's `call` gives. Raises `NobodyServes`."""
+        """`result`, which waits for what the handle's `call` gives. Raises `NoReplicaReady`."""
         waiting = asyncio.ensure_future(result)
         patience_s = self._patience_s
         try:
@@ -63,7 +55,7 @@ class Presence:
                 if _taken(call):
                     break
                 if not await self._somebody():
-                    raise NobodyServes
+                    raise NoReplicaReady
                 patience_s = self._look_s
             return await waiting
         finally:

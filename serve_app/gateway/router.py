@@ -14,29 +14,18 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import TypeAdapter
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from serve_app.openai.requests import RequestRefused, find_pin
+from hotswap_lib import Revision
+from serve_app.openai.model_name import find_pin
 from serve_app.rollout.state import Traffic
-from serve_app.rollout.traffic_split import Split
-from serve_app.wire.naming import is_called
+from serve_app.rollout.traffic_split import TrafficSplit
+from serve_app.wire.errors import InvalidRequest
+from serve_app.wire.routing_stats import newest_traffic
 
 logger = logging.getLogger("ray.serve")
 STATS_PERIOD_S = 1.0
-_TRAFFIC = TypeAdapter(Traffic | None)
 _UNDECIDED = 10_000  # requests that wait for a replica; more than a gateway lets in
-
-
-def stats(
-    *, epoch: int, generation: int, serves: Sequence[str], traffic: Traffic | None
-) -> dict[str, Any]:
-    """What a replica says for this router; Serve passes it on as it is."""
-    return {
-        "decision": [epoch, generation],
-        "serves": list(serves),
-        "traffic": _TRAFFIC.dump_python(traffic, mode="json"),
-    }
 
 
 class RevisionRouter(RequestRouter):  # type: ignore[misc]
@@ -44,7 +33,7 @@ class RevisionRouter(RequestRouter):  # type: ignore[misc]
 
     def initialize_state(self, *, model_name: str) -> None:
         self._model_name = model_name
-        self._split = Split()
+        self._split = TrafficSplit(start=random.random())
         # once for each request, however often it is looked for a place
         self._to_canary: OrderedDict[str, bool] = OrderedDict()
 
@@ -76,8 +65,10 @@ class RevisionRouter(RequestRouter):  # type: ignore[misc]
         """Those that hold what the request runs on; none when nobody is known to."""
         pin, session = asked(pending.args, pending.kwargs, served=self._model_name)
         if pin is not None:
-            return [r for r in replicas if any(is_called(key, pin) for key in _serves(r))]
-        now = _newest(replicas)
+            return [
+                r for r in replicas if any(Revision.parse(key).matches(pin) for key in _serves(r))
+            ]
+        now = newest_traffic(replicas)
         if now is None or now.placement == "shared":
             return []
         on_canary = self._decided(pending, now, session)
@@ -104,7 +95,7 @@ def asked(
     model, user = (_field(request, name) for name in ("model", "user"))
     try:
         pin = find_pin(model, given.get("pin"), served=served)
-    except RequestRefused:
+    except InvalidRequest:
         pin = None
     return pin, given.get("session") or user
 
@@ -117,10 +108,3 @@ def _field(request: Any, name: str) -> str | None:
 def _serves(replica: RunningReplica) -> list[str]:
     """The default first; empty where it has said nothing yet."""
     return replica.routing_stats.get("serves", [])  # type: ignore[no-any-return]
-
-
-def _newest(replicas: Sequence[RunningReplica]) -> Traffic | None:
-    said = [replica.routing_stats for replica in replicas if "decision" in replica.routing_stats]
-    if not said:
-        return None
-    return _TRAFFIC.validate_python(max(said, key=lambda each: each["decision"])["traffic"])

@@ -1,7 +1,7 @@
 """The HTTP front door: OpenAI's routes for clients, admin routes for operators.
 
 Thin on purpose: it checks the shape of a request, calls the Model or the RolloutController through
-its handle, and turns typed errors into OpenAI's envelope. It holds no state.
+its handle, and weight_lock typed errors into OpenAI's envelope. It holds no state.
 """
 
 from __future__ import annotations
@@ -21,17 +21,10 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.engine.engine import EngineStopped
 from serve_app.gateway.body_limit import BodyLimit
-from serve_app.gateway.http_errors import (
-    ERRORS,
-    NotAuthorized,
-    describe,
-    documented,
-    install_error_handlers,
-)
+from serve_app.gateway.http_errors import ERRORS, describe, documented, install_error_handlers
 from serve_app.gateway.json_body import JsonRoute
-from serve_app.gateway.readiness import NobodyServes, Presence
+from serve_app.gateway.readiness import Readiness
 from serve_app.openai.requests import (
     ChatRequest,
     ClassifyRequest,
@@ -61,6 +54,7 @@ from serve_app.wire.admin import (
     RolloutView,
     UnloadAdapter,
 )
+from serve_app.wire.errors import EngineStopped, NoReplicaReady, NotAuthorized
 
 logger = logging.getLogger("ray.serve")
 _BEARER = HTTPBearer(auto_error=False)
@@ -115,12 +109,12 @@ class Gateway:
         model: DeploymentHandle,
         controller: DeploymentHandle,
         *,
-        presence: Presence | None = None,
+        readiness: Readiness | None = None,
     ) -> None:
         self._settings = settings
         self._model = model
         self._controller = controller
-        self._presence = presence or Presence(controller)
+        self._readiness = readiness or Readiness(controller)
 
     def app(self) -> FastAPI:
         # slashes are not made up for: the redirect would not be in OpenAI's shapes
@@ -234,7 +228,7 @@ class Gateway:
                 fleet: FleetView = await self._controller.fleet.remote()
                 if fleet.ready:
                     return Health(status="ok")
-        raise NobodyServes
+        raise NoReplicaReady
 
     # ---- admin ------------------------------------------------------------------------------
 
@@ -328,7 +322,7 @@ class Gateway:
     ) -> Response:
         async def ask() -> dict[str, Any]:
             call = method.remote(request, _decoded(pin), session)
-            document: dict[str, Any] = await self._presence.wait(call, call)
+            document: dict[str, Any] = await self._readiness.wait(call, call)
             return document
 
         document = await self._survived(ask)
@@ -339,7 +333,7 @@ class Gateway:
     ) -> Response:
         async def ask() -> tuple[dict[str, Any], Any]:
             chunks = self._model.options(stream=True).stream.remote(request, _decoded(pin), session)
-            return await self._presence.wait(chunks, anext(aiter(chunks))), chunks
+            return await self._readiness.wait(chunks, anext(aiter(chunks))), chunks
 
         # the first chunk before the first header: a refusal still gets its own status
         first, chunks = await self._survived(ask)
@@ -352,7 +346,7 @@ class Gateway:
     async def _survived(self, ask: Callable[[], Awaitable[T]]) -> T:
         """What `ask` gives; asked again when the replica died with it, for nothing was sent yet."""
         for attempt in range(_ATTEMPTS):
-            await self._presence.expect()
+            await self._readiness.expect()
             try:
                 return await ask()
             except _REPLICA_DIED as died:

@@ -1,4 +1,4 @@
-"""OpenAI's request shapes, checked. What is answered is in `serve_app.responses`.
+"""OpenAI's request shapes, checked. What is answered is in `serve_app.openai.responses`.
 
 What is not supported is refused, never ignored; null, and a value that asks for nothing, is no
 request. Extensions are vLLM's: `top_k`, `return_token_ids`, `/classify`.
@@ -23,8 +23,6 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from serve_app.engine.sampling_params import Sampling
-
 MAX_N = 16
 MAX_PROMPTS = 64
 MAX_CHOICES = 128  # of one request: n for each of its prompts
@@ -32,41 +30,6 @@ MAX_INPUTS = 2048
 _INT64 = 2**63
 
 TokenIds = list[int]
-
-
-class RequestRefused(Exception):
-    """A request that this server will not run; `status` is the HTTP status."""
-
-    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(status, code, message, param)
-        self.status, self.code, self.message, self.param = status, code, message, param
-
-    def __str__(self) -> str:
-        return self.message
-
-
-def find_pin(model: str | None, given: str | None, *, served: str) -> str | None:
-    """The revision that a request names; None for the default.
-
-    Args:
-        model: the request's `model`: the served name, `NAME:REVISION`, or, as in vLLM, the name of
-            a loaded adapter alone. Whether there is such a revision, the engine knows.
-        given: what the request names beside that, in a header or a handle call.
-
-    Raises:
-        RequestRefused: the two are not the same.
-    """
-    named = _pin_in(model, served)
-    if named is not None and given is not None and named != given:
-        message = f"the model names revision {named!r}, and the request pins {given!r}"
-        raise RequestRefused(400, "conflicting_revisions", message, "model")
-    return named if given is None else given
-
-
-def _pin_in(model: str | None, served: str) -> str | None:
-    if model is None or model == served:  # first, because a served name may have a ':' in it
-        return None
-    return model.removeprefix(f"{served}:")
 
 
 # ---- what a field may be ------------------------------------------------------------------------
@@ -213,7 +176,7 @@ class _Generation(_Request):
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, lt=2**31, description="0 or -1: all")] = 0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31, description="0 or -1: all tokens")] = 0
     stop: StopStrings = []
     seed: Annotated[int | None, Field(ge=-_INT64, lt=_INT64)] = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
@@ -241,16 +204,6 @@ class _Generation(_Request):
     def alternatives(self) -> int | None:
         """How many alternatives to name for each token; None: no log-probabilities at all."""
         raise NotImplementedError
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=max(self.top_k, 0),
-            seed=self.seed,
-            logprobs=self.alternatives,
-        )
 
 
 class ChatRequest(_Generation):

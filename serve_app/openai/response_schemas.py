@@ -1,6 +1,6 @@
 """What the data routes answer, as types for the API's own documentation.
 
-Nothing is built from them: `serve_app.openai` makes plain dicts. The tests hold the two together.
+Nothing is built from them: `serve_app.openai.requests` makes plain dicts. The tests hold the two together.
 """
 
 from __future__ import annotations

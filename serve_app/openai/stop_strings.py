@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-class Stops:
+class StopStrings:
     """For one stream: lets text through up to the first stop string, which it swallows.
 
     Text that may be the start of a stop string is held back. The string that is complete first

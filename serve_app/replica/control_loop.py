@@ -18,12 +18,13 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from hotswap_lib import Layout, Revision
-from serve_app.engine.engine import Cutover, Engine
-from serve_app.gateway.router import stats
+from serve_app.engine.engine import Engine
+from serve_app.engine.steps import Cutover
 from serve_app.replica.staging import Brought, Staging
 from serve_app.rollout.state import Desired, Failure
 from serve_app.wire.admin import StartView, SwapView
-from serve_app.wire.reports import Answer, Report, key
+from serve_app.wire.reports import Answer, Report
+from serve_app.wire.routing_stats import routing_stats
 
 logger = logging.getLogger("ray.serve")
 Step = Callable[[str], Awaitable[None]]
@@ -39,7 +40,7 @@ class ControllerCalls(Protocol):
     async def leave(self, replica: str) -> None: ...
 
 
-class ControlLane:
+class ControlLoop:
     """Runs until `close`.
 
     `ready` is done once the first assigned revision is live and those beside it have been tried.
@@ -133,7 +134,7 @@ class ControlLane:
 
     def _report(self) -> Report:
         engine, want = self._engine, self._acting_on
-        assigned = want is not None and key(engine.default) == want.hold
+        assigned = want is not None and engine.default.key == want.hold
         return Report(
             replica=self._replica,
             layout=engine.slot.layout.fingerprint,
@@ -148,28 +149,28 @@ class ControlLane:
             last_swap=self._last_swap,
             pid=os.getpid(),
             node=self._node,
-            beside=engine.serves[1:],
+            also_serves=engine.serves[1:],
             refused=tuple(self._refused.values()),
             admits=engine.admission.is_open,
             lanes=engine.lanes(),
             start=self._start,
-            trial=engine.ledger.trial,
-            tallies=copy.deepcopy(engine.ledger.tallies),
+            step_id=engine.recorder.step_id,
+            request_stats=copy.deepcopy(engine.recorder.request_stats),
         )
 
     def routing_stats(self) -> dict[str, Any]:
-        """For those who route requests (`serve_app.router`)."""
+        """For those who route requests (`serve_app.gateway.router`)."""
         want = self._acting_on
-        return stats(
+        return routing_stats(
             epoch=want.epoch if want else 0,
             generation=want.generation if want else 0,
-            serves=[key(revision) for revision in self._engine.serves],
+            serves=[revision.key for revision in self._engine.serves],
             traffic=self._engine.traffic,
         )
 
     def _staged(self) -> Revision | None:
         want = self._answer.desired
-        if want is None or want.stage in (None, key(self._engine.default)):
+        if want is None or want.stage in (None, self._engine.default.key):
             return None
         return self._staging.revision(str(want.stage))
 
@@ -201,7 +202,7 @@ class ControlLane:
 
     def _free_unnamed(self) -> None:
         want = self._want
-        names = {key(self._engine.default), want.hold, want.stage, *want.beside} - {None}
+        names = {self._engine.default.key, want.hold, want.stage, *want.also_serves} - {None}
         self._staging.keep_only({str(name) for name in names})
 
     async def _did(self, step: Step, name: str) -> bool:
@@ -228,10 +229,12 @@ class ControlLane:
     async def _hold(self, name: str) -> None:
         """The default revision."""
         before = self._engine.default
-        if (default := key(before)) == name:
+        if (default := before.key) == name:
             return
         brought = await self._staging.bring(name, self._answer)
-        if default in self._want.beside:  # before it is the default no more: no moment without it
+        if (
+            default in self._want.also_serves
+        ):  # before it is the default no more: no moment without it
             await self._serve(default)
         self._changed.set()  # out of service from here on
         self._cutting_over = name, self._want.in_flight
@@ -249,8 +252,8 @@ class ControlLane:
         await self._staging.bring(name, self._answer)
 
     async def _serve_beside(self, want: Desired) -> None:
-        here = set(map(key, self._engine.serves))
-        missing = [name for name in want.beside if name not in here]
+        here = {one.key for one in self._engine.serves}
+        missing = [name for name in want.also_serves if name not in here]
         if missing:
             self._changed.set()  # the default is in service, whatever becomes of these
         async with asyncio.TaskGroup() as group:  # at once: one that is slow must not hold up all
@@ -258,7 +261,7 @@ class ControlLane:
                 group.create_task(self._serve(name))
         # last, so that one that takes another's name leaves no moment without it
         for revision in self._engine.serves[1:]:
-            if key(revision) not in want.beside:
+            if revision.key not in want.also_serves:
                 self._engine.drop(revision)
 
     async def _serve(self, name: str) -> None:

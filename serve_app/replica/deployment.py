@@ -20,26 +20,26 @@ from ray.serve.handle import DeploymentHandle
 from hotswap_lib import Layout
 from serve_app.engine.causal import CausalEngine
 from serve_app.engine.encoder import EncoderEngine
-from serve_app.engine.engine import Engine, EngineStopped
-from serve_app.engine.sampling_params import TextScore
+from serve_app.engine.engine import Engine
 from serve_app.engine.seq2seq import Seq2SeqEngine
+from serve_app.openai.model_name import find_pin
 from serve_app.openai.requests import (
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
     EmbeddingRequest,
-    RequestRefused,
-    find_pin,
 )
 from serve_app.replica.compile_cache import open_compile_cache
-from serve_app.replica.control_loop import ControlLane
+from serve_app.replica.control_loop import ControlLoop
 from serve_app.replica.loading import Loaded, load
 from serve_app.replica.model_task import Task
-from serve_app.replica.serving_encode import EncoderAnswers
-from serve_app.replica.serving_generate import Answers
+from serve_app.replica.serving_encode import EncoderServing
+from serve_app.replica.serving_generate import GenerationServing
 from serve_app.settings import Settings
 from serve_app.wire.admin import StartView
+from serve_app.wire.errors import EngineStopped, InvalidRequest
 from serve_app.wire.reports import Answer, Report
+from serve_app.wire.text_score import TextScore
 
 logger = logging.getLogger("ray.serve")
 _GENERATES: tuple[Task, ...] = ("causal", "seq2seq")
@@ -107,7 +107,7 @@ class Model:
             compiled_regions=self._engine.compiled_regions,
             compile_cache=cache.state,
         )
-        self._lane = ControlLane(self._engine, _Remote(controller), replica=replica, start=start)
+        self._lane = ControlLoop(self._engine, _Remote(controller), replica=replica, start=start)
         try:
             async with asyncio.timeout(settings.start_timeout_s):
                 await asyncio.shield(self._lane.ready)
@@ -182,7 +182,7 @@ class Model:
         )
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """What Serve hands to every `serve_app.router.RevisionRouter`."""
+        """What Serve hands to every `serve_app.gateway.router.RevisionRouter`."""
         return self._lane.routing_stats() if hasattr(self, "_lane") else {}
 
     async def check_health(self) -> None:
@@ -196,22 +196,22 @@ class Model:
             await asyncio.to_thread(self._engine.stop)
 
     @property
-    def _generating(self) -> Answers:
+    def _generating(self) -> GenerationServing:
         if self._answers is None:
             raise self._other_task()
         return self._answers
 
-    def _encoding(self, task: Task) -> EncoderAnswers:
+    def _encoding(self, task: Task) -> EncoderServing:
         if self._encoder_answers is None or self._task != task:
             raise self._other_task()
         return self._encoder_answers
 
-    def _other_task(self) -> RequestRefused:
+    def _other_task(self) -> InvalidRequest:
         route = {"embed": "/v1/embeddings", "classify": "/v1/classify"}.get(
             self._task, "/v1/completions"
         )
         message = f"{self._settings.model_name} is not served for this; it answers on {route}"
-        return RequestRefused(400, "task_not_served", message)
+        return InvalidRequest(400, "task_not_served", message)
 
     def _pin(self, model: str | None, given: str | None) -> str | None:
         return find_pin(model, given, served=self._settings.model_name)
@@ -229,12 +229,12 @@ def _engine(loaded: Loaded, settings: Settings) -> Engine:
 
 def _answers(
     engine: Engine, loaded: Loaded, settings: Settings, replica: str
-) -> tuple[Answers | None, EncoderAnswers | None]:
+) -> tuple[GenerationServing | None, EncoderServing | None]:
     if isinstance(engine, EncoderEngine):
-        return None, EncoderAnswers(
+        return None, EncoderServing(
             engine, loaded.tokenizer, settings, replica=replica, labels=loaded.labels
         )
     config = loaded.slot.model.base_model.model.config.get_text_config()
-    return Answers(
+    return GenerationServing(
         engine, loaded.tokenizer, settings, replica=replica, vocabulary=config.vocab_size
     ), None

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from hotswap_lib import BASE, Envelope, Slot, load_adapter, prepare
-from serve_app.engine.pooling import Pooling, pooling_of
+from serve_app.engine.pooling import Pooling
 from serve_app.replica import embedded_model as embedded
 from serve_app.replica.model_task import Task, UnsupportedModel, architecture, auto_class, task_of
+from serve_app.replica.pooling_config import pooling_of
 from serve_app.settings import EMBEDDED, Settings
 
 __all__ = ["Loaded", "Task", "UnsupportedModel", "check", "envelope", "load", "task_of"]

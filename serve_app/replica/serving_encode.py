@@ -11,16 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from serve_app.engine.encoder import EncoderEngine
-from serve_app.openai.requests import ClassifyRequest, EmbeddingRequest, RequestRefused
+from serve_app.openai.requests import ClassifyRequest, EmbeddingRequest
 from serve_app.openai.responses import classification_document, embedding_document
 from serve_app.settings import Settings
+from serve_app.wire.errors import InvalidRequest
 
 _MOST_CHARS_PER_TOKEN = 64  # some 128 spaces can be a token, but no text is made of those alone
 _INLINE_CHARS = 4_000  # tokenized in a few milliseconds; what is longer must not hold up the loop
 
 
-class EncoderAnswers:
-    """Answers requests of one model. `labels` name the columns of its classifications."""
+class EncoderServing:
+    """GenerationServing requests of one model. `labels` name the columns of its classifications."""
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class EncoderAnswers:
         pin: str | None = None,
         session: str | None = None,
     ) -> dict[str, Any]:
-        """OpenAI's request in, its document out. Raises `RequestRefused`, and as `admit`."""
+        """OpenAI's request in, its document out. Raises `InvalidRequest`, and as `admit`."""
         asked = EmbeddingRequest.model_validate(request)
         revision, tokens, vectors = await self._rows(asked.input, pin, session)
         return embedding_document(
@@ -63,7 +64,7 @@ class EncoderAnswers:
         pin: str | None = None,
         session: str | None = None,
     ) -> dict[str, Any]:
-        """vLLM's request in, its document out. Raises `RequestRefused`, and as `admit`."""
+        """vLLM's request in, its document out. Raises `InvalidRequest`, and as `admit`."""
         asked = ClassifyRequest.model_validate(request)
         revision, tokens, probs = await self._rows(asked.input, pin, session)
         return classification_document(
@@ -94,7 +95,7 @@ class EncoderAnswers:
         chars = [len(each) for each in inputs if isinstance(each, str)]
         if max(chars, default=0) > limit * _MOST_CHARS_PER_TOKEN:
             message = f"a text is at most {limit} tokens, and {max(chars)} characters are more"
-            raise RequestRefused(400, "context_length_exceeded", message, "input")
+            raise InvalidRequest(400, "context_length_exceeded", message, "input")
 
         def encode() -> list[list[int]]:
             return [
@@ -110,10 +111,10 @@ class EncoderAnswers:
     def _check(self, ids: list[int], limit: int) -> None:
         if not ids:
             message = "an input has no tokens"
-            raise RequestRefused(400, "invalid_parameter", message, "input")
+            raise InvalidRequest(400, "invalid_parameter", message, "input")
         if len(ids) > limit:
             message = f"a text is at most {limit} tokens, and one has {len(ids)}"
-            raise RequestRefused(400, "context_length_exceeded", message, "input")
+            raise InvalidRequest(400, "context_length_exceeded", message, "input")
         if max(ids) >= self._engine.vocabulary:
             message = f"the token id {max(ids)} is not below {self._engine.vocabulary}"
-            raise RequestRefused(400, "invalid_parameter", message, "input")
+            raise InvalidRequest(400, "invalid_parameter", message, "input")

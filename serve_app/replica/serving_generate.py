@@ -10,20 +10,21 @@ import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, aclosing
-from dataclasses import replace
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
 from hotswap_lib import Revision
-from serve_app.engine.engine import Step
-from serve_app.engine.request_recorder import PROBE
-from serve_app.engine.sampling_params import Sampling, TextScore, TokenLogprobs
-from serve_app.openai.requests import ChatRequest, CompletionRequest, RequestRefused, TokenIds
+from serve_app.engine.sampling_params import SamplingParams, TokenLogprobs
+from serve_app.engine.steps import GenerationOutput
+from serve_app.openai.requests import ChatRequest, CompletionRequest, TokenIds
 from serve_app.openai.responses import NamedToken, Piece, Responses, TokenScore
-from serve_app.openai.stop_strings import Stops
+from serve_app.openai.stop_strings import StopStrings
 from serve_app.replica.detokenizer import Detokenizer, TokenNames
 from serve_app.settings import Settings
+from serve_app.wire.errors import InvalidRequest
+from serve_app.wire.request_stats import PROBE
+from serve_app.wire.text_score import TextScore
 
 # No exact bound exists, since normalizers may drop any number of spaces. The longest tokens of
 # usual vocabularies are some 128 spaces, and text that averages half of that is no prompt.
@@ -41,8 +42,8 @@ class Ticket(Protocol):
     def revision(self) -> Revision: ...
 
     def generate(
-        self, prompt_ids: list[int], *, max_tokens: int, sampling: Sampling, stream: bool
-    ) -> AsyncGenerator[Step, None]:
+        self, prompt_ids: list[int], *, max_tokens: int, sampling: SamplingParams, stream: bool
+    ) -> AsyncGenerator[GenerationOutput, None]:
         """Steps, only the finished one unless `stream`. Leaving early cancels the generation."""
         ...
 
@@ -58,8 +59,8 @@ class Engine(Protocol):
     def ended_by_itself(self, token_ids: list[int]) -> bool: ...
 
 
-class Answers:
-    """Answers requests of one model. `vocabulary`: how many token ids it knows."""
+class GenerationServing:
+    """GenerationServing requests of one model. `vocabulary`: how many token ids it knows."""
 
     def __init__(
         self,
@@ -82,7 +83,7 @@ class Answers:
     async def whole(
         self, request: Request, pin: str | None = None, session: str | None = None
     ) -> dict[str, Any]:
-        """The answer in one document. Raises `RequestRefused`."""
+        """The answer in one document. Raises `InvalidRequest`."""
         prompts = await self._prompts(request)
         async with self._engine.admit(pin, session) as ticket:
             # text by text only where a stop string may end it early
@@ -118,12 +119,12 @@ class Answers:
     async def score(self, texts: list[str], pin: str | None = None) -> list[TextScore]:
         """How likely the model finds each text: of its first token nothing is said.
 
-        For probes, and so not counted among the requests of users. Raises `RequestRefused` for a
+        For probes, and so not counted among the requests of users. Raises `InvalidRequest` for a
         text with fewer than two tokens, or more than fit, and where the model continues no texts.
         """
         if not self._engine.scores_texts:
             message = f"{self._settings.model_name} cannot say how likely a text is"
-            raise RequestRefused(400, "task_not_served", message)
+            raise InvalidRequest(400, "task_not_served", message)
         prompts = await self._in_time(
             [len(text) for text in texts],
             lambda: [self._tokenizer(text)["input_ids"] for text in texts],
@@ -132,7 +133,7 @@ class Answers:
         for ids in prompts:
             if not 2 <= len(ids) <= limit:
                 message = f"a text to score has 2 to {limit} tokens, and one has {len(ids)}"
-                raise RequestRefused(400, "invalid_parameter", message, "texts")
+                raise InvalidRequest(400, "invalid_parameter", message, "texts")
         async with self._engine.admit(pin, PROBE) as ticket:
             jobs = [asyncio.create_task(_score(ticket, ids)) for ids in prompts]
             try:
@@ -162,7 +163,7 @@ class Answers:
                 ticket.generate(
                     prompt,
                     max_tokens=self._room(request, prompt),
-                    sampling=_sampling(request, i),
+                    sampling=sampling_params(request, i),
                     stream=stream,
                 ),
             )
@@ -171,7 +172,7 @@ class Answers:
         ]
 
     async def _pieces(
-        self, choice: _Choice, steps: AsyncGenerator[Step, None]
+        self, choice: _Choice, steps: AsyncGenerator[GenerationOutput, None]
     ) -> AsyncGenerator[Piece, None]:
         async with aclosing(steps):
             async for step in steps:
@@ -185,11 +186,11 @@ class Answers:
     # ---- prompts ------------------------------------------------------------------------------
 
     async def _prompts(self, request: Request) -> list[TokenIds]:
-        """Token ids of each prompt. Raises `RequestRefused` for what cannot be run."""
+        """Token ids of each prompt. Raises `InvalidRequest` for what cannot be run."""
         if (request.alternatives or 0) > self._settings.max_logprobs:
             param = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
             message = f"{param}: at most {self._settings.max_logprobs} are given here"
-            raise RequestRefused(400, "invalid_parameter", message, param)
+            raise InvalidRequest(400, "invalid_parameter", message, param)
         if isinstance(request, ChatRequest):
             prompts = await self._chat_ids(request)
         else:
@@ -201,7 +202,7 @@ class Answers:
     async def _chat_ids(self, request: ChatRequest) -> list[TokenIds]:
         if self._tokenizer.chat_template is None:
             message = f"{self._settings.model_name} has no chat template; use /v1/completions"
-            raise RequestRefused(400, "no_chat_template", message)
+            raise InvalidRequest(400, "no_chat_template", message)
         messages = [
             {"role": message.role, "content": message.text}
             | ({"name": message.name} if message.name else {})
@@ -219,13 +220,13 @@ class Answers:
             return await self._in_time([chars], render)
         except TemplateError as error:  # templates refuse roles, or an order of them
             message = f"the chat template of {self._settings.model_name} refuses this: {error}"
-            raise RequestRefused(400, "chat_template", message, "messages") from None
+            raise InvalidRequest(400, "chat_template", message, "messages") from None
 
     async def _text_ids(self, request: CompletionRequest) -> list[TokenIds]:
         highest = max((max(each) for each in request.prompt if isinstance(each, list)), default=0)
         if highest >= self._vocabulary:
             message = f"the token id {highest} is not below {self._vocabulary}"
-            raise RequestRefused(400, "invalid_parameter", message, "prompt")
+            raise InvalidRequest(400, "invalid_parameter", message, "prompt")
 
         def encode() -> list[TokenIds]:
             return [
@@ -245,12 +246,12 @@ class Answers:
         longest = max(chars, default=0)
         if longest > limit * _MOST_CHARS_PER_TOKEN:
             message = f"the context is at most {limit} tokens, and {longest} characters are more"
-            raise RequestRefused(400, "context_length_exceeded", message)
+            raise InvalidRequest(400, "context_length_exceeded", message)
         return tokenize() if sum(chars) <= _INLINE_CHARS else await asyncio.to_thread(tokenize)
 
     def _check(self, request: Request, prompt: TokenIds) -> None:
         if not prompt:
-            raise RequestRefused(400, "invalid_parameter", "the prompt has no tokens")
+            raise InvalidRequest(400, "invalid_parameter", "the prompt has no tokens")
         limit = self._settings.max_model_len
         wanted = self._room(request, prompt)
         if wanted > limit - len(prompt):
@@ -258,7 +259,7 @@ class Answers:
                 f"the context is at most {limit} tokens, but the prompt has {len(prompt)} "
                 f"and {wanted} are wanted after it"
             )
-            raise RequestRefused(400, "context_length_exceeded", message)
+            raise InvalidRequest(400, "context_length_exceeded", message)
 
     def _room(self, request: Request, prompt: TokenIds) -> int:
         """How many tokens may follow the prompt: as many as wanted, else what there is room for."""
@@ -268,7 +269,7 @@ class Answers:
 
 async def _score(ticket: Ticket, ids: list[int]) -> TextScore:
     first, *rest = ids
-    sampling = Sampling(temperature=0.0, logprobs=0, forced=(1, tuple(rest)))
+    sampling = SamplingParams(temperature=0.0, logprobs=0, forced=(1, tuple(rest)))
     steps = ticket.generate([first], max_tokens=len(rest), sampling=sampling, stream=False)
     async with aclosing(steps):
         async for step in steps:  # the finished one
@@ -284,14 +285,14 @@ class _Choice:
         self._scored = request.alternatives is not None
         self._names = names
         self._detokenizer = Detokenizer(tokenizer)
-        self._stops = Stops(request.stop)
+        self._stops = StopStrings(request.stop)
         self._read = 0  # tokens
         self._chars = 0  # of the tokens that were read
         self._said = 0  # characters that left in pieces
         self._offsets: list[int] = []  # of each token of the text, where it begins
         self._told = 0  # tokens whose scores left in pieces
 
-    def advance(self, step: Step, *, ended: bool) -> Piece:
+    def advance(self, step: GenerationOutput, *, ended: bool) -> Piece:
         """What the step adds; `ended` when its last token is the end token, which is not text."""
         read = self._read
         text = "".join(self._texts(step, ended=ended))
@@ -305,7 +306,7 @@ class _Choice:
             reason=None if not done else "stop" if ended or self._stops.found else "length",
         )
 
-    def _texts(self, step: Step, *, ended: bool) -> Iterator[str]:
+    def _texts(self, step: GenerationOutput, *, ended: bool) -> Iterator[str]:
         for token in step.token_ids[self._read : len(step.token_ids) - ended]:
             self._read += 1
             self._offsets.append(self._chars)
@@ -319,7 +320,7 @@ class _Choice:
             yield self._stops.feed(self._detokenizer.rest())
             yield self._stops.rest()
 
-    def _scores(self, step: Step) -> list[TokenScore]:
+    def _scores(self, step: GenerationOutput) -> list[TokenScore]:
         """Of the tokens that have begun in the text that was sent."""
         first = self._told
         while self._told < len(self._offsets) and self._offsets[self._told] < self._said:
@@ -379,10 +380,16 @@ def _says(piece: Piece, request: Request) -> bool:
     )
 
 
-def _sampling(request: Request, i: int) -> Sampling:
-    """What the i-th choice of a prompt asks of the sampler: a seed of its own."""
-    sampling = request.sampling
-    if sampling.seed is None or i == 0:
-        return sampling
-    digest = hashlib.blake2b(f"{sampling.seed}:{i}".encode(), digest_size=8).digest()
-    return replace(sampling, seed=int.from_bytes(digest, signed=True))
+def sampling_params(request: Request, choice: int = 0) -> SamplingParams:
+    """Sampling parameters of one choice of a prompt. Choices of a seeded request differ in seed."""
+    seed = request.seed
+    if seed is not None and choice > 0:
+        digest = hashlib.blake2b(f"{seed}:{choice}".encode(), digest_size=8).digest()
+        seed = int.from_bytes(digest, signed=True)
+    return SamplingParams(
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=max(request.top_k, 0),
+        seed=seed,
+        logprobs=request.alternatives,
+    )

@@ -1,7 +1,7 @@
 """What a canary is judged by: the part of a plan that says so, and the verdicts that come of it.
 
 Beside `plan`. The judging itself needs numbers that only a live fleet has and is done elsewhere
-(`serve_app.judge`); the machine takes its verdicts as events.
+(`serve_app.controller.verdicts`); the machine takes its verdicts as events.
 """
 
 from __future__ import annotations

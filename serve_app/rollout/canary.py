@@ -29,7 +29,7 @@ def traffic(fleet: Fleet) -> Traffic | None:
         canary=rollout.target,
         weight=_weight(fleet, rollout),
         placement=_placement(rollout),
-        trial=rollout.trial,
+        step_id=rollout.step_id,
     )
 
 
@@ -67,7 +67,7 @@ def judge(fleet: Fleet, event: Judged) -> Fleet:
     """A pass counts when the step has been held for long enough, a failure at any time."""
     rollout = fleet.running
     judged = rollout is not None and rollout.state in (State.PROGRESSING, State.PAUSED)
-    if rollout is None or not judged or rollout.current is None or rollout.trial != event.trial:
+    if rollout is None or not judged or rollout.current is None or rollout.step_id != event.step_id:
         return fleet  # of a step that was left meanwhile
     verdict = event.verdict
     if rollout.pause is Pause.FAILURE:
@@ -100,7 +100,7 @@ def _placed(fleet: Fleet, rollout: Rollout) -> bool:
     now, failed = traffic(fleet), broken(fleet)  # a stable that is broken holds up nobody
     return bool(fleet.observed) and all(
         seen.traffic == now
-        and rollout.target in (seen.holds, *seen.beside)
+        and rollout.target in (seen.holds, *seen.also_serves)
         and (r in failed or in_service(fleet, r))
         for r, seen in fleet.observed.items()
     )

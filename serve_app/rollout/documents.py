@@ -36,7 +36,7 @@ class Documents:
         hold = self._assigned.get(replica, self._stable.hold)
         if hold not in self._made:
             beside = tuple(name for name in self._beside if name != hold)
-            self._made[hold] = replace(self._stable, hold=hold, beside=beside)
+            self._made[hold] = replace(self._stable, hold=hold, also_serves=beside)
         return self._made[hold]
 
 
@@ -50,7 +50,7 @@ def pending(fleet: Fleet) -> dict[str, Desired]:
     commands, documents = {}, Documents(fleet)
     for replica, observed in fleet.observed.items():
         want = documents.of(replica)
-        ready = observed.serves(want.hold) and set(observed.beside) == set(want.beside)
+        ready = observed.serves(want.hold) and set(observed.also_serves) == set(want.also_serves)
         ready = ready and observed.traffic == want.traffic
         if not ready or (want.stage is not None and not observed.has(want.stage)):
             commands[replica] = want

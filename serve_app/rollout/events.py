@@ -10,7 +10,7 @@ from serve_app.rollout.state import Failure, Traffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class UserRequest:
     """What a user asks for.
 
     `expected_generation`: the decision that the user knew of; another one may have come since.
@@ -23,7 +23,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked(Request):
+class Asked(UserRequest):
     """For a rollout; the adapter was packed and is `target`."""
 
     plan: Plan
@@ -31,34 +31,34 @@ class Asked(Request):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AbortRequested(Request):
+class AbortRequested(UserRequest):
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PauseRequested(Request):
+class PauseRequested(UserRequest):
     pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ResumeRequested(Request):
+class ResumeRequested(UserRequest):
     """To go on after a pause that was asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromoteRequested(Request):
+class PromoteRequested(UserRequest):
     """To leave the current step now, whatever is measured; `full`: every step that is left."""
 
     full: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RetryRequested(Request):
+class RetryRequested(UserRequest):
     """To try again what failed, from the step that it failed in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadRequested(Request):
+class LoadRequested(UserRequest):
     """That every replica serves `revision` too, and `instead_of` no longer."""
 
     revision: str
@@ -66,7 +66,7 @@ class LoadRequested(Request):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnloadRequested(Request):
+class UnloadRequested(UserRequest):
     """That no replica serves `revision` beside its own any more."""
 
     revision: str
@@ -81,7 +81,7 @@ class Reported:
     staged: str | None
     serving: bool
     failure: Failure | None
-    beside: tuple[str, ...] = ()
+    also_serves: tuple[str, ...] = ()
     traffic: Traffic | None = None
     at: float
 
@@ -104,9 +104,9 @@ class Left:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """The canary of `trial` was looked at, and this came of it."""
+    """The canary of `step_id` was looked at, and this came of it."""
 
-    trial: str
+    step_id: str
     verdict: Verdict
     at: float
 

@@ -84,7 +84,7 @@ def _hear(fleet: Fleet, reports: Sequence[Reported]) -> Fleet:
             staged=report.staged,
             serving=report.serving,
             failure=report.failure,
-            beside=report.beside,
+            also_serves=report.also_serves,
             traffic=report.traffic,
             seen_at=report.at,
         )
@@ -157,7 +157,7 @@ def _abort(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
     alone, now = {*fleet.loaded, fleet.stable}, traffic(fleet)
     # that it goes by the traffic of now shows that it has heard that this is taken back
     if all_serve(fleet, fleet.stable) and all(
-        seen.traffic == now and (rollout.target in alone or rollout.target not in seen.beside)
+        seen.traffic == now and (rollout.target in alone or rollout.target not in seen.also_serves)
         for seen in fleet.observed.values()
     ):
         return to(all_to_stable(fleet), State.ABORTED, at=at)

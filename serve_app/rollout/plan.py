@@ -31,7 +31,7 @@ Hold = Annotated[
 ]
 
 
-class Step(BaseModel):
+class CanaryStep(BaseModel):
     """One step of a canary: this share of the requests, for this long at least.
 
     `hold`: from when every replica does its part. 'manual': until somebody promotes it.
@@ -75,7 +75,7 @@ class Plan(BaseModel):
         str | None, Field(max_length=256, description="revision name; else taken from the source")
     ] = None
     strategy: Strategy = "rolling"
-    steps: Annotated[tuple[Step, ...], Field(max_length=100)] = ()
+    steps: Annotated[tuple[CanaryStep, ...], Field(max_length=100)] = ()
     placement: Placement | None = None
     analysis: Analysis | None = None
     max_unavailable: Annotated[

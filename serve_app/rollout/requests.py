@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
+from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
 from serve_app.rollout.events import (
     AbortRequested,
     Asked,
@@ -20,7 +21,7 @@ from serve_app.rollout.events import (
     RetryRequested,
     UnloadRequested,
 )
-from serve_app.rollout.state import Fleet, GenerationMismatch, IllegalEvent, Pause, Rollout, State
+from serve_app.rollout.state import Fleet, Pause, Rollout, State
 from serve_app.rollout.walk import to
 
 _KEYS = 200  # of the last requests: who has not heard of its answer asks again soon

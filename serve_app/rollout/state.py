@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from serve_app.rollout.analysis import Outcome, Verdict
-from serve_app.rollout.plan import InFlight, Placement, Plan, Step
+from serve_app.rollout.plan import CanaryStep, InFlight, Placement, Plan
 
 
 class State(StrEnum):
@@ -73,32 +73,6 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
 }
 
 
-class IllegalEvent(Exception):
-    """The event cannot happen now; nothing has changed."""
-
-    code = "illegal_event"
-
-    def __init__(self, what: str, why: str) -> None:
-        super().__init__(what, why)
-        self.what, self.why = what, why
-
-    def __str__(self) -> str:
-        return f"{self.what} is not possible now: {self.why}"
-
-
-class GenerationMismatch(Exception):
-    """Something was decided since the caller looked at the fleet; nothing has changed."""
-
-    code = "generation_mismatch"
-
-    def __init__(self, expected: int, actual: int) -> None:
-        super().__init__(expected, actual)
-        self.expected, self.actual = expected, actual
-
-    def __str__(self) -> str:
-        return f"generation {self.expected} was expected, and the fleet is at {self.actual}"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """A replica could not do what generation `generation` asked of it for `revision`."""
@@ -113,20 +87,20 @@ class Traffic:
     """`weight` percent of the requests that name no revision go to `canary`.
 
     `shared`: each replica sees to it for its own. `dedicated`: whoever routes requests does.
-    `trial`: the step of the rollout that they are for; what is measured belongs to it.
+    `step_id`: the step of the rollout that they are for; what is measured belongs to it.
     """
 
     canary: str
     weight: float
     placement: Placement
-    trial: str
+    step_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
     """What a replica said last. `serving`: its revision is committed, verified, and it admits.
 
-    `beside`: what it answers with, too, when a request names it. `traffic`: what it goes by.
+    `also_serves`: what it answers with, too, when a request names it. `traffic`: what it goes by.
     `outdated`: it was sent to another revision after it said that, and may be anywhere by now.
     `heard`: it said something; else it is expected back since a restart, and nothing is known.
     """
@@ -136,13 +110,13 @@ class Observed:
     staged: str | None = None
     serving: bool = False
     failure: Failure | None = None
-    beside: tuple[str, ...] = ()
+    also_serves: tuple[str, ...] = ()
     traffic: Traffic | None = None
     outdated: bool = False
     seen_at: float = 0.0
 
     def has(self, revision: str) -> bool:
-        return revision in (self.holds, self.staged, *self.beside)
+        return revision in (self.holds, self.staged, *self.also_serves)
 
     def serves(self, revision: str) -> bool:
         return self.serving and self.holds == revision and not self.outdated
@@ -191,13 +165,13 @@ class Rollout:
         return not TRANSITIONS[self.state]
 
     @property
-    def current(self) -> Step | None:
+    def current(self) -> CanaryStep | None:
         """The step that it is in; None: it has no steps, or has left the last one."""
         steps = self.plan.steps
         return steps[self.step] if self.step < len(steps) else None
 
     @property
-    def trial(self) -> str:
+    def step_id(self) -> str:
         return f"{self.id}.{self.step + 1}.{self.attempt}"
 
     @property
@@ -251,7 +225,7 @@ class Fleet:
 class Desired:
     """The whole document for one replica.
 
-    `hold`: the revision for requests that name none; `in_flight`: how to get there. `beside`: those
+    `hold`: the revision for requests that name none; `in_flight`: how to get there. `also_serves`: those
     to serve for requests that name them. `stage`: the one to have ready for a later document.
     `traffic`: the share of the requests that a canary gets. `stable`, `loaded`, `rollouts` and
     `sources` (revision, where it came from) are for a controller that has lost its journal
@@ -262,7 +236,7 @@ class Desired:
     generation: int
     hold: str
     stage: str | None = None
-    beside: tuple[str, ...] = ()
+    also_serves: tuple[str, ...] = ()
     in_flight: InFlight = "drain"
     traffic: Traffic | None = None
     stable: str = ""

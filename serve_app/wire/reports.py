@@ -12,20 +12,19 @@ from dataclasses import dataclass, field
 import ray
 
 from hotswap_lib import HotswapError, Revision
-from serve_app.engine.request_recorder import Tally
 from serve_app.rollout.state import Desired, Failure
 from serve_app.wire.admin import LaneView, StartView, SwapView
-from serve_app.wire.naming import is_called
+from serve_app.wire.request_stats import RequestStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What a replica holds, and which document it acts on.
 
-    `holds`: for requests that name no revision; `beside`: for those that name one, and `refused`
+    `holds`: for requests that name no revision; `also_serves`: for those that name one, and `refused`
     what it could not bring there. `serving`: it holds what it shall, and lets requests in.
     `admits`: it lets requests in, maybe still on what it held before. `tallies`: what became of the
-    requests of `trial`, by revision.
+    requests of `step_id`, by revision.
     """
 
     replica: str
@@ -41,18 +40,18 @@ class Report:
     last_swap: SwapView | None
     pid: int
     node: str
-    beside: tuple[Revision, ...] = ()
+    also_serves: tuple[Revision, ...] = ()
     refused: tuple[Failure, ...] = ()
     admits: bool = False
     lanes: tuple[LaneView, ...] = ()
     start: StartView | None = None
-    trial: str | None = None
-    tallies: dict[str, Tally] = field(default_factory=dict)
+    step_id: str | None = None
+    request_stats: dict[str, RequestStats] = field(default_factory=dict)
 
     @property
     def serves(self) -> tuple[Revision, ...]:
         """What it answers with: `holds` first, then those beside it."""
-        return self.holds, *self.beside
+        return self.holds, *self.also_serves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,18 +66,3 @@ class Answer:
     images: dict[str, ray.ObjectRef] = field(default_factory=dict)
     refused: dict[str, HotswapError] = field(default_factory=dict)
     introduce: bool = False
-
-
-def key(revision: Revision) -> str:
-    """The full text of a revision, `name@<64 hex>`: what the rollout machine works with."""
-    return f"{revision.name}@{revision.digest}"
-
-
-def from_key(text: str) -> Revision:
-    name, _, digest = text.rpartition("@")
-    return Revision(name, digest)
-
-
-def is_named(revision: Revision, pin: str) -> bool:
-    """Whether `pin` is `name`, `name@digest8` or the full text of this revision."""
-    return is_called(key(revision), pin)

@@ -17,9 +17,9 @@ import httpx
 import pytest
 from ray import serve
 
-from serve_app.client.http import RequestRefused, ServerUnreachable
+from serve_app.client.http import RequestRejected, ServerUnreachable
 from serve_app.rollout.analysis import Analysis, Check, Limits, Probe
-from serve_app.rollout.plan import Placement, Plan, Step
+from serve_app.rollout.plan import CanaryStep, Placement, Plan
 from serve_app.wire.admin import CanaryView, RolloutView
 
 from .conftest import CPUS, Cluster, deployed
@@ -27,7 +27,7 @@ from .fleet import Fleet, Load, eventually
 from .tiny_world import TinyWorld
 
 REPLICAS = 4
-OPEN = (Step(weight=10, hold="manual"), Step(weight=50, hold="manual"))
+OPEN = (CanaryStep(weight=10, hold="manual"), CanaryStep(weight=50, hold="manual"))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_good_adapter_is_promoted_step_by_step_under_load(fleet: Fleet, tmp_pa
         min_samples=5,
         interval=0.3,
     )
-    steps = tuple(Step(weight=weight, hold=1.0) for weight in (10, 50, 100))
+    steps = tuple(CanaryStep(weight=weight, hold=1.0) for weight in (10, 50, 100))
     with Load(fleet, clients=6) as load:
         load.wait_for(20)
         rollout = ended(fleet, canary(fleet, "beta", steps=steps, analysis=analysis).id)
@@ -154,7 +154,7 @@ def test_a_garbage_adapter_is_taken_back_at_its_first_step(
             "gamma",
             placement=placement,
             analysis=Analysis(probes=(agrees,), interval=0.3),
-            steps=(Step(weight=10, hold=60.0), Step(weight=50)),
+            steps=(CanaryStep(weight=10, hold=60.0), CanaryStep(weight=50)),
         )
         rollout = ended(fleet, rollout.id)
         load.wait_for(20)
@@ -260,7 +260,7 @@ VICTIMS: dict[str, Kill] = {
     "replica": kill_replica,
     "controller": kill_controller,
 }
-_turns = itertools.cycle(["beta", "gamma", "alpha"])
+_weight_lock = itertools.cycle(["beta", "gamma", "alpha"])
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])
@@ -269,7 +269,7 @@ def test_whatever_dies_at_whichever_step_the_rollout_ends_as_it_would_have(
     fleet: Fleet, cluster: Cluster, victim: str, step: int
 ) -> None:
     stable = fleet.settle(replicas=REPLICAS).stable
-    name = next(each for each in _turns if fleet.world.revision(each) != stable)
+    name = next(each for each in _weight_lock if fleet.world.revision(each) != stable)
     with Load(fleet, clients=4) as load:
         load.wait_for(10)
         rollout = canary(fleet, name)
@@ -299,7 +299,7 @@ def promote(fleet: Fleet, id: str) -> None:
     """All the way; a controller that has just come back may be asked again with the same key."""
 
     def asked() -> bool:
-        with suppress(RequestRefused, ServerUnreachable):
+        with suppress(RequestRejected, ServerUnreachable):
             fleet.client.promote(id, full=True, key=f"all of {id}")
             return True
         return False

@@ -12,7 +12,7 @@ import ray
 from ray import serve
 
 from hotswap_lib import AdapterRefused
-from serve_app.client.http import RequestRefused
+from serve_app.client.http import RequestRejected
 from serve_app.rollout.plan import InFlight, Plan
 
 from .bad_adapters import BAD, make_bad
@@ -75,7 +75,7 @@ def test_a_bad_adapter_is_refused_in_one_sentence_and_changes_nothing(
     path = make_bad(kind, like=fleet.world.adapter("alpha"), folder=tmp_path)
     before = fleet.client.fleet()
 
-    with pytest.raises(RequestRefused) as refused:
+    with pytest.raises(RequestRejected) as refused:
         fleet.client.start(Plan(adapter=str(path)))
 
     assert refused.value.status == 400

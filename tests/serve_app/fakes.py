@@ -14,8 +14,8 @@ import pytest
 
 from hotswap_lib import AdapterImage, CompileGuard, Revision, Slot, Staged
 from serve_app.engine.admission import Admission
-from serve_app.engine.engine import Cutover
-from serve_app.engine.request_recorder import Ledger
+from serve_app.engine.request_recorder import RequestRecorder
+from serve_app.engine.steps import Cutover
 from serve_app.rollout.state import Traffic
 from serve_app.wire.admin import LaneView
 
@@ -48,7 +48,7 @@ class FakeEngine:
     """A real slot and a real gate, and nothing that runs.
 
     `faults`: what the next cutovers raise. `holding_fails`: name → what holding it beside raises.
-    `traffic` and `ledger`: as in the real one; a test writes the requests into the ledger itself.
+    `traffic` and `ledger`: as in the real one; a test writes the requests into the recorder itself.
     """
 
     def __init__(self, slot: Slot) -> None:
@@ -56,9 +56,9 @@ class FakeEngine:
         self.admission = Admission()
         self.guard = CompileGuard()
         self.default = slot.revision
-        self.beside: set[Revision] = set()
+        self.also_serves: set[Revision] = set()
         self.traffic: Traffic | None = None
-        self.ledger = Ledger()
+        self.recorder = RequestRecorder()
         self.faults: list[Exception] = []
         self.holding_fails: dict[str, Exception] = {}
         self.drained = asyncio.Event()
@@ -69,14 +69,14 @@ class FakeEngine:
 
     @property
     def serves(self) -> tuple[Revision, ...]:
-        return self.default, *sorted(self.beside - {self.default}, key=str)
+        return self.default, *sorted(self.also_serves - {self.default}, key=str)
 
     def lanes(self) -> tuple[LaneView, ...]:
         return tuple(LaneView(revision=str(revision)) for revision in self.serves)
 
     def go_by(self, traffic: Traffic | None) -> None:
         self.traffic = traffic
-        self.ledger.open(None if traffic is None else traffic.trial)
+        self.recorder.open(None if traffic is None else traffic.step_id)
 
     async def cut_over(self, staged: Staged, *, in_flight: str) -> Cutover:
         self.policies.append(in_flight)
@@ -99,11 +99,11 @@ class FakeEngine:
         if (error := self.holding_fails.get(staged.revision.name)) is not None:
             raise error
         self.slot.commit(staged)  # as lanes do: what is in the weights is not what is the default
-        self.beside.add(staged.revision)
+        self.also_serves.add(staged.revision)
         self._changed()
 
     def drop(self, revision: Revision) -> None:
-        self.beside.discard(revision)
+        self.also_serves.discard(revision)
         self._changed()
 
     def _changed(self) -> None:

@@ -12,15 +12,15 @@ import pytest
 from hotswap_lib import AdapterImage, Slot
 from serve_app.engine.causal import CausalEngine
 from serve_app.engine.continuous_batching import LaneManager
-from serve_app.engine.engine import Step
-from serve_app.engine.sampling_params import Sampling, TokenLogprobs
+from serve_app.engine.sampling_params import SamplingParams, TokenLogprobs
+from serve_app.engine.steps import GenerationOutput
 from serve_app.rollout.plan import InFlight
 from serve_app.settings import Settings
 from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.conftest import new_slot
 
 T = TypeVar("T")
-GREEDY = Sampling(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 PAGE = 32
 SHORT = [3, 1, 4, 1, 5]
 LONG = [(7 * i) % 250 for i in range(4 * PAGE + 5)]  # four whole pages, and a bit
@@ -87,11 +87,13 @@ class Running:
         *,
         pin: str | None = None,
         stream: bool = False,
-        sampling: Sampling = GREEDY,
+        sampling: SamplingParams = GREEDY,
     ) -> AsyncIterator[AsyncIterator[Said]]:
         """The steps of one request, each with the revision that the request runs on."""
 
-        async def said(revision: str, steps: AsyncIterator[Step]) -> AsyncIterator[Said]:
+        async def said(
+            revision: str, steps: AsyncIterator[GenerationOutput]
+        ) -> AsyncIterator[Said]:
             async for step in steps:
                 yield Said(revision, step.token_ids, step.finished, step.logprobs)
 

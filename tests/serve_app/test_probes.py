@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from ray import serve
 
-from serve_app.engine.request_recorder import PROBE
-from serve_app.engine.sampling_params import TextScore
-from serve_app.probes import Client, ProbeInvalid, agreement, log_likelihood, resolve, run
+from serve_app.probes import Client, agreement, log_likelihood, resolve, run
+from serve_app.wire.errors import ProbeInvalid
+from serve_app.wire.request_stats import PROBE
+from serve_app.wire.text_score import TextScore
 
 HERE = __name__
 

@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 
 from serve_app.client import cli
 from serve_app.client.http import HotswapClient
-from serve_app.rollout.plan import Plan, Step
+from serve_app.rollout.plan import CanaryStep, Plan
 from serve_app.wire.admin import (
     AdapterList,
     AdapterView,
@@ -343,7 +343,11 @@ SCRIPT: list[tuple[str, dict[str, Any]]] = [
     ("undo", {"to": "pirate@11111111", "expected_generation": 7, "key": "u"}),
     ("undo", {"to": None}),
 ]
-STEPS = Plan(adapter="org/x", strategy="canary", steps=(Step(weight=10, hold=60), Step(weight=50)))
+STEPS = Plan(
+    adapter="org/x",
+    strategy="canary",
+    steps=(CanaryStep(weight=10, hold=60), CanaryStep(weight=50)),
+)
 
 
 def heard(controller: FakeController) -> dict[str, list[Any]]:

@@ -10,7 +10,7 @@ import sys
 import httpx
 import pytest
 
-from serve_app.client.http import HotswapClient, RequestRefused, ServerUnreachable
+from serve_app.client.http import HotswapClient, RequestRejected, ServerUnreachable
 from serve_app.rollout.plan import Plan
 from serve_app.wire.admin import (
     AdapterList,
@@ -193,7 +193,7 @@ def test_a_token_that_no_header_can_carry_is_refused() -> None:
 
 def test_a_refusal_has_the_servers_status_code_and_sentence() -> None:
     server = ScriptedServer(refusal(400, "rank_over_envelope", "rank 64 is over 16"))
-    with client_of(server) as client, pytest.raises(RequestRefused) as caught:
+    with client_of(server) as client, pytest.raises(RequestRejected) as caught:
         client.start(Plan(adapter="x"))
     refused = caught.value
     assert (refused.status, refused.code) == (400, "rank_over_envelope")
@@ -206,7 +206,7 @@ def test_a_refusal_has_the_servers_status_code_and_sentence() -> None:
 @pytest.mark.parametrize("status", [401, 403, 429, 500])
 def test_a_refusal_without_our_error_body_is_still_a_refusal(status: int) -> None:
     server = ScriptedServer(httpx.Response(status, text="<h1>no</h1>"))
-    with client_of(server) as client, pytest.raises(RequestRefused) as caught:
+    with client_of(server) as client, pytest.raises(RequestRejected) as caught:
         client.fleet()
     assert caught.value.code == f"http_{status}"
 
@@ -242,7 +242,7 @@ def test_a_lost_answer_to_a_post_says_that_it_may_have_been_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [RequestRefused(409, "nothing_to_undo", "no"), ServerUnreachable(URL, "refused")]
+    "error", [RequestRejected(409, "nothing_to_undo", "no"), ServerUnreachable(URL, "refused")]
 )
 def test_the_errors_survive_a_pickle(error: Exception) -> None:
     again = pickle.loads(pickle.dumps(error))
@@ -279,7 +279,7 @@ def test_watch_gives_up_on_an_outage_that_lasts_and_says_how_long_it_waited() ->
 
 def test_watch_does_not_wait_on_a_refusal() -> None:
     server = ScriptedServer(refusal(404, "no_such_rollout"))
-    with client_of(server) as client, pytest.raises(RequestRefused, match="no_such_rollout"):
+    with client_of(server) as client, pytest.raises(RequestRejected, match="no_such_rollout"):
         next(client.watch("r9"))
     assert len(server.asked) == 1
 

@@ -12,20 +12,18 @@ import httpx
 import pytest
 
 from hotswap_lib import Revision
-from serve_app.controller.analysis import Analyst
-from serve_app.controller.canary_stats import Trial
-from serve_app.engine.request_recorder import Tally
+from serve_app.controller.analysis import CanaryAnalysis
+from serve_app.controller.canary_stats import CanaryStats
 from serve_app.rollout.analysis import Analysis, Check, Limits, Outcome, Probe, Query
 from serve_app.rollout.events import Judged
-from serve_app.rollout.plan import Plan, Step
+from serve_app.rollout.plan import CanaryStep, Plan
 from serve_app.rollout.state import Fleet, Pause, Rollout, State
-from serve_app.wire.reports import key
+from serve_app.wire.request_stats import RequestStats
 from tests.serve_app.controller.test_canary_stats import report
 from tests.serve_app.fakes import settled, until
 
 STABLE, TARGET = (
-    key(Revision(name, digest * 8))
-    for name, digest in (("alpha", "1234abcd"), ("beta", "5678abcd"))
+    Revision(name, digest * 8).key for name, digest in (("alpha", "1234abcd"), ("beta", "5678abcd"))
 )
 CHECK = Check(metric="error_rate", max=0.1)
 PROBE = Probe(function="a.b:c", scores={"gain": Limits(min=0)}, options={"file": "f"}, timeout=60)
@@ -47,7 +45,7 @@ class Bench:
         **analysis: Any,
     ) -> None:
         given = {"interval": 1.0, "min_samples": 1} | analysis
-        steps = (Step(weight=10, hold=hold), Step(weight=50, hold=hold))
+        steps = (CanaryStep(weight=10, hold=hold), CanaryStep(weight=50, hold=hold))
         plan = Plan(
             adapter="x", strategy="canary", steps=steps, analysis=Analysis.model_validate(given)
         )
@@ -60,15 +58,15 @@ class Bench:
             begun=True,
             placed_at=100.0,
         )
-        self.trial = Trial()
+        self.step_id = CanaryStats()
         self.events: list[Judged] = []
         self.probed: list[tuple[str, str, str, dict[str, Any]]] = []
         self.freshened = 0
         self.answer: Callable[[], Awaitable[dict[str, float]]] = good
         self.fresh: Callable[[], Awaitable[None]] = nothing
         self.feed: Callable[[], Awaitable[None]] = nothing
-        self.analyst = Analyst(
-            self.trial,
+        self.analyst = CanaryAnalysis(
+            self.step_id,
             fleet=lambda: Fleet(stable=STABLE, rollout=self.rollout),
             fresh=self._fresh,
             feed=self._feed,
@@ -93,11 +91,11 @@ class Bench:
         await self.feed()
         self.events.append(event)
 
-    def tally(
+    def stats(
         self, revision: str = TARGET, *, requests: int, errors: int = 0, chosen: int = 0
     ) -> None:
-        counted = Tally(requests=requests, errors=errors, chosen=chosen)
-        self.trial.hear(report(revision, self.rollout.trial, **{revision: counted}))
+        counted = RequestStats(requests=requests, errors=errors, chosen=chosen)
+        self.step_id.hear(report(revision, self.rollout.step_id, **{revision: counted}))
 
     async def look(self, at: float) -> Judged:
         """What a look at this time tells the machine."""
@@ -214,7 +212,7 @@ def test_a_plan_without_an_analysis_counts_and_judges_nothing() -> None:
 
     async def story() -> None:
         assert await looks(bench, [100.0, 200.0]) == []
-        assert bench.trial.name == bench.rollout.trial, "its share is shown all the same"
+        assert bench.step_id.name == bench.rollout.step_id, "its share is shown all the same"
 
     bench(story())
 
@@ -248,13 +246,13 @@ def test_a_verdict_has_what_was_counted_and_the_share_that_the_canary_got() -> N
 
     async def story() -> None:
         async def reported() -> None:
-            bench.tally(requests=30, errors=1, chosen=10)
-            bench.tally(STABLE, requests=90, chosen=70)
+            bench.stats(requests=30, errors=1, chosen=10)
+            bench.stats(STABLE, requests=90, chosen=70)
 
         bench.fresh = reported
         event = await bench.look(100.0)
         verdict = event.verdict
-        assert (event.trial, verdict.outcome, verdict.at) == ("r1.1.1", Outcome.PASS, 100.0)
+        assert (event.step_id, verdict.outcome, verdict.at) == ("r1.1.1", Outcome.PASS, 100.0)
         assert (verdict.step, verdict.weight, verdict.share) == (0, 10.0, 12.5)
         assert verdict.requests == 80
         assert [each.name for each in verdict.measurements] == ["error_rate"]
@@ -269,7 +267,7 @@ def test_one_thing_that_fails_fails_the_step() -> None:
     async def story() -> None:
         bench.analyst.tick(at=0)
         bench.answer = for_ever
-        bench.tally(requests=30, errors=30)
+        bench.stats(requests=30, errors=30)
         verdict = (await bench.look(100.0)).verdict
         assert verdict.outcome is Outcome.FAIL
         assert verdict.why == "error_rate is 1, and has to be at most 0.1"
@@ -291,7 +289,7 @@ def test_an_analysis_that_breaks_is_no_verdict_and_is_done_again() -> None:
             "analysis: the wire is cut",
         )
         bench.fresh = nothing
-        bench.tally(requests=5)
+        bench.stats(requests=5)
         assert (await bench.look(101.0)).verdict.outcome is Outcome.PASS
 
     bench(story())
@@ -313,7 +311,7 @@ def test_a_machine_that_does_not_take_a_verdict_is_told_the_next() -> None:
     bench(story())
 
 
-# ---- another trial ------------------------------------------------------------------------------
+# ---- another step_id ------------------------------------------------------------------------------
 
 
 def next_step(bench: Bench, **more: Any) -> None:
@@ -333,7 +331,7 @@ def test_the_verdict_on_a_trial_that_ended_meanwhile_is_dropped(more: dict[str, 
         bench.analyst.tick(at=100.0)
         await until(lambda: bench.analyst._look is not None and bench.analyst._look.done())
         assert bench.events == []
-        assert bench.probed == [], "a probe of the old trial would stand for the new one"
+        assert bench.probed == [], "a probe of the old step_id would stand for the new one"
         assert bench.analyst.latest is None
 
     bench(story())
@@ -360,11 +358,11 @@ def test_each_trial_is_counted_probed_and_looked_at_from_its_beginning() -> None
 
     async def story() -> None:
         bench.analyst.tick(at=0)
-        bench.tally(requests=10, errors=10, chosen=10)
+        bench.stats(requests=10, errors=10, chosen=10)
         assert (await bench.look(1100.0)).verdict.requests == 10
         next_step(bench, placed_at=1100.1)
         event = await bench.look(1100.2)
-        assert (event.trial, event.verdict.step, event.verdict.requests) == ("r1.2.1", 1, 0)
+        assert (event.step_id, event.verdict.step, event.verdict.requests) == ("r1.2.1", 1, 0)
         assert len(bench.probed) == 2
 
     bench(story())
@@ -468,7 +466,7 @@ def test_a_probe_that_runs_holds_up_nothing_else() -> None:
         answers = iter([for_ever, good])
         bench.answer = lambda: next(answers)()
         bench.analyst.tick(at=0)
-        bench.tally(requests=5)
+        bench.stats(requests=5)
         await bench.look(100.0)
         found = (await bench.look(101.0)).verdict.measurements
         assert [each.outcome for each in found] == ["pass", "inconclusive", "pass"]

@@ -16,28 +16,27 @@ import pytest
 from hotswap_lib import BASE, AdapterImage, AdapterRefused, Layout, Revision
 from serve_app.controller.deployment import Controller
 from serve_app.controller.images import AdapterStore
-from serve_app.controller.journal import Entry, Journal
-from serve_app.controller.loaded_adapters import (
+from serve_app.controller.journal import Journal, JournalEntry
+from serve_app.engine.admission import DrainTimeout
+from serve_app.replica.control_loop import ControlLoop
+from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
+from serve_app.rollout.machine import desired
+from serve_app.rollout.state import Desired, Failure
+from serve_app.settings import Settings
+from serve_app.wire.admin import AdapterView, CanaryView, RolloutView
+from serve_app.wire.errors import (
     AdapterAlreadyLoaded,
     AdapterLoadFailed,
     AdapterLoadTimeout,
     AdapterNotLoaded,
-)
-from serve_app.engine.admission import DrainTimeout
-from serve_app.probes import ProbeInvalid
-from serve_app.replica.control_loop import ControlLane
-from serve_app.rollout.machine import desired
-from serve_app.rollout.state import Desired, Failure, GenerationMismatch, IllegalEvent
-from serve_app.settings import Settings
-from serve_app.wire.admin import AdapterView, CanaryView, RolloutView
-from serve_app.wire.errors import (
     FleetNotReady,
     KeyReused,
-    NoSuchRollout,
     NothingToUndo,
     PlanImpossible,
+    ProbeInvalid,
+    RolloutNotFound,
 )
-from serve_app.wire.reports import Answer, Report, key
+from serve_app.wire.reports import Answer, Report
 from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.conftest import new_slot
 from tests.serve_app.fakes import CountingPut, FakeEngine, settled, until
@@ -78,7 +77,7 @@ class Hall:
         self.grace_s = 300.0
         self.probing = FakeProbing()
         self.engines: dict[str, FakeEngine] = {}
-        self.lanes: dict[str, ControlLane] = {}
+        self.lanes: dict[str, ControlLoop] = {}
         self.up = False
 
     # the lanes call whoever is the controller now
@@ -137,7 +136,7 @@ class Hall:
         for name in names:
             self.engines[name] = FakeEngine(new_slot(self.world))
             engine: Any = self.engines[name]
-            self.lanes[name] = ControlLane(engine, self, replica=name, patience_s=0.5)
+            self.lanes[name] = ControlLoop(engine, self, replica=name, patience_s=0.5)
         await asyncio.gather(*(self.lanes[name].ready for name in names))
         await self.until_serving(*self.lanes)
 
@@ -159,7 +158,7 @@ class Hall:
     async def load(self, name: str, adapter: str | None = None, **more: Any) -> AdapterView:
         return await self.controller.load_adapter(name, self.adapter(adapter or name), **more)
 
-    def beside(self) -> list[set[str]]:
+    def also_serves(self) -> list[set[str]]:
         """Names, by replica."""
         return [{one.name for one in each.serves[1:]} for each in self.engines.values()]
 
@@ -210,10 +209,8 @@ def test_a_replica_with_an_unknown_layout_is_asked_to_introduce_itself(
             assert (await hall.report(report(layout))).introduce
             await hall.join("r1", layout)
             answer = await hall.report(report(layout))
-            assert answer.desired == Desired(
-                epoch=1, generation=2, hold=key(BASE), stable=key(BASE)
-            )
-            assert set(answer.images) == {key(BASE)}
+            assert answer.desired == Desired(epoch=1, generation=2, hold=BASE.key, stable=BASE.key)
+            assert set(answer.images) == {BASE.key}
 
     tell(story())
 
@@ -250,7 +247,7 @@ def test_an_open_report_is_answered_at_once_when_there_is_news(
             rollout = await hall.roll("alpha")
             answer = await asyncio.wait_for(open_report, 5)
             assert answer.desired is not None
-            assert (answer.desired.hold, str(answer.desired.stage)[:6]) == (key(BASE), "alpha@")
+            assert (answer.desired.hold, str(answer.desired.stage)[:6]) == (BASE.key, "alpha@")
             assert set(answer.images) == {answer.desired.hold, answer.desired.stage}
             assert rollout.state == "staging"
 
@@ -278,7 +275,7 @@ def test_a_decision_is_in_the_journal_before_the_replica_hears_of_it(
     async def story() -> None:
         async with Hall(world, tmp_path, poll_s=60) as hall:
             want = await introduced(hall, layout)
-            assert hall.journal()["assigned"] == {"r1": key(BASE)}
+            assert hall.journal()["assigned"] == {"r1": BASE.key}
             open_report = asyncio.create_task(hall.report(report(layout, acting_on=want)))
             await settled()
             await hall.roll("alpha")
@@ -312,7 +309,7 @@ class Unreachable:
         self.failures = failures
         self._journal = journal
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: JournalEntry) -> None:
         if self.failures > 0:
             self.failures -= 1
             raise OSError("the bucket does not answer")
@@ -327,8 +324,8 @@ def test_a_journal_that_is_out_of_reach_for_a_while_does_not_end_deadlines(
             await introduced(hall, layout)
             plan = {"adapter": str(world.adapter("alpha")), "progress_deadline": 0.1}
             await hall.controller.start_rollout(plan)  # which nobody ever stages
-            journal = Unreachable(hall.controller._intent._journal, failures=2)
-            hall.controller._intent._journal = journal  # type: ignore[assignment]
+            journal = Unreachable(hall.controller._desired_state._journal, failures=2)
+            hall.controller._desired_state._journal = journal  # type: ignore[assignment]
             # what the controller goes by, which it changes once the journal is written
             await until(lambda: bool(getattr(hall.controller._fleet.rollout, "reason", None)))
             assert journal.failures == 0
@@ -347,7 +344,7 @@ def test_the_journal_forgets_where_forgotten_revisions_came_from(
             await introduced(hall, layout)
             for name in ("alpha", "beta", "gamma"):  # each replaced before anybody staged it
                 await hall.roll(name, history_limit=1)
-            sources = {name.split("@")[0] for name in hall.controller._intent.sources}
+            sources = {name.split("@")[0] for name in hall.controller._desired_state.sources}
             assert sources == {"beta", "gamma"}, "the last one, and the one before"
 
     tell(story())
@@ -520,7 +517,7 @@ def test_an_unknown_rollout_is_named(world: TinyWorld, tmp_path: Path) -> None:
     async def story() -> None:
         async with Hall(world, tmp_path) as hall:
             for ask in (hall.controller.rollout, hall.controller.abort):
-                with pytest.raises(NoSuchRollout, match="there is no rollout 'rollout-9'"):
+                with pytest.raises(RolloutNotFound, match="there is no rollout 'rollout-9'"):
                     await ask("rollout-9")
 
     tell(story())
@@ -662,13 +659,13 @@ def test_a_restarted_controller_decides_nothing_before_every_replica_was_heard(
             heard = report(layout, replica="r1", staged=beta)
             answer = await hall.report(heard)
             assert answer.desired is not None
-            assert (answer.desired.epoch, answer.desired.hold) == (2, key(BASE))
+            assert (answer.desired.epoch, answer.desired.hold) == (2, BASE.key)
             for _ in range(3):
                 with suppress(TimeoutError):
                     ready = report(layout, acting_on=answer.desired, staged=beta)
                     await asyncio.wait_for(hall.report(ready), 0.05)
             assert (await hall.controller.rollout(running.id)).state == "staging"
-            assert set(hall.journal()["assigned"].values()) == {key(BASE)}
+            assert set(hall.journal()["assigned"].values()) == {BASE.key}
 
     tell(story())
 
@@ -763,7 +760,7 @@ def test_a_user_who_goes_away_in_the_middle_of_a_decision_leaves_no_two_truths(
         async with Hall(world, tmp_path, poll_s=5) as hall:
             await introduced(hall, layout)
             asking = asyncio.create_task(hall.controller.start_rollout({"adapter": "base"}))
-            while not hall.controller._intent._lock.locked():
+            while not hall.controller._desired_state._lock.locked():
                 await asyncio.sleep(0)
             asking.cancel()  # Serve does this when an HTTP client hangs up
             await asyncio.wait([asking])
@@ -867,11 +864,11 @@ async def paused(hall: Hall, rollout: RolloutView) -> CanaryView:
 def answered(hall: Hall, adapter: str, *, failed: int, of: int) -> None:
     """Each replica has answered requests that named no revision."""
     for engine in hall.engines.values():
-        [revision] = [key(one) for one in engine.serves if one.name == adapter]
+        [revision] = [one.key for one in engine.serves if one.name == adapter]
         for number in range(of):
-            engine.ledger.write(
+            engine.recorder.write(
                 revision,
-                trial=engine.ledger.trial,
+                step_id=engine.recorder.step_id,
                 chosen=True,
                 failed=number < failed,
                 latency_s=0.1,
@@ -893,11 +890,11 @@ def test_a_canary_goes_step_by_step_until_it_is_stable(
             held = [engine.default.name for engine in hall.engines.values()]
             assert sorted(held).count("alpha") == (1 if placement == "dedicated" else 0)
             beside = [{"alpha"}] * 3 if placement == "shared" else [set()] * 3
-            assert hall.beside() == beside
+            assert hall.also_serves() == beside
             await hall.controller.promote(running.id)
             assert (await hall.ended(running)).state == "succeeded"
             await until(lambda: weights(hall) == [None] * 3)
-            await until(lambda: hall.beside() == [set()] * 3)
+            await until(lambda: hall.also_serves() == [set()] * 3)
             assert hall.holds() == {"alpha"}
 
     tell(story())
@@ -922,7 +919,7 @@ def test_a_canary_that_fails_its_analysis_is_taken_back_with_its_numbers(
             [verdict] = [one for one in done.canary.verdicts if one.outcome == "fail"]
             assert (verdict.step, verdict.weight, verdict.share) == (0, 25, 25)
             assert (verdict.requests, verdict.measurements[0].canary) == (32, 0.5)
-            await until(lambda: hall.beside() == [set(), set()])
+            await until(lambda: hall.also_serves() == [set(), set()])
 
     tell(story())
 
@@ -1160,11 +1157,11 @@ def test_a_verb_for_a_rollout_that_was_replaced_meanwhile_does_not_reach_the_new
         async with Hall(world, tmp_path, poll_s=60) as hall:
             await introduced(hall, layout)
             first = await hall.roll("alpha")
-            async with hall.controller._intent._lock:  # both wait for their turn
+            async with hall.controller._desired_state._lock:  # both wait for their turn
                 newer = asyncio.create_task(
                     hall.controller.start_rollout({"adapter": hall.adapter("beta")})
                 )
-                while not hall.controller._intent._lock._waiters:
+                while not hall.controller._desired_state._lock._waiters:
                     await asyncio.sleep(0.001)
                 aborting = asyncio.create_task(hall.controller.abort(first.id))
                 await settled()
@@ -1240,7 +1237,7 @@ def test_a_loaded_adapter_is_served_by_every_replica_when_the_call_returns(
         async with Hall(world, tmp_path) as hall:
             await hall.replicas("r1", "r2")
             view = await hall.load("alpha")
-            assert hall.beside() == [{"alpha"}, {"alpha"}]
+            assert hall.also_serves() == [{"alpha"}, {"alpha"}]
             assert (view.lora_name, view.lora_path) == ("alpha", hall.adapter("alpha"))
             assert (view.revision, view.ready, view.total) == (world.revision("alpha"), 2, 2)
             assert await hall.controller.adapters() == [view]
@@ -1260,7 +1257,7 @@ def test_an_unloaded_adapter_is_named_by_no_replica_when_the_call_returns(
             await hall.replicas("r1", "r2")
             loaded = await hall.load("alpha")
             view = await hall.controller.unload_adapter("alpha")
-            assert hall.beside() == [set(), set()]
+            assert hall.also_serves() == [set(), set()]
             assert (view.revision, view.ready) == (loaded.revision, 0)
             assert view.generation > loaded.generation
             assert await hall.controller.adapters() == []
@@ -1314,7 +1311,7 @@ def test_a_name_that_no_request_could_use_is_refused(
             await hall.replicas("r1")
             with pytest.raises(AdapterRefused, match="name"):
                 await hall.load(name, "alpha")
-            assert hall.beside() == [set()]
+            assert hall.also_serves() == [set()]
 
     tell(story())
 
@@ -1348,7 +1345,7 @@ def test_a_generation_that_has_passed_is_refused_for_loading_and_unloading(
             assert (refused.value.expected, refused.value.actual) == (seen, loaded.generation)
             with pytest.raises(GenerationMismatch):
                 await hall.controller.unload_adapter("alpha", expected_generation=seen)
-            assert hall.beside() == [{"alpha"}]
+            assert hall.also_serves() == [{"alpha"}]
             now = loaded.generation
             await hall.controller.unload_adapter("alpha", expected_generation=now)
 
@@ -1365,7 +1362,7 @@ def test_an_adapter_that_one_replica_cannot_serve_is_unloaded_again(
             with pytest.raises(AdapterLoadFailed, match=r"beta.*: replica r2: no memory"):
                 await hall.load("beta")
             assert await hall.controller.adapters() == []
-            await until(lambda: hall.beside() == [set(), set()])
+            await until(lambda: hall.also_serves() == [set(), set()])
             await hall.until_serving("r1", "r2")
             hall.engines["r2"].holding_fails.clear()
             assert (await hall.load("beta")).ready == 2, "an old failure is no reason"
@@ -1423,13 +1420,13 @@ def test_a_report_from_before_the_replica_was_told_something_else_is_not_believe
             loading = asyncio.create_task(hall.load("alpha"))
             await until(lambda: bool(hall.controller._fleet.loaded))
             with_it = desired(hall.controller._fleet, "r1")
-            serves = report(layout, acting_on=with_it, beside=(alpha,))
+            serves = report(layout, acting_on=with_it, also_serves=(alpha,))
             open_report = asyncio.create_task(hall.report(serves))
             await asyncio.wait_for(loading, 5)
             unloading = asyncio.create_task(hall.controller.unload_adapter("alpha"))
             answer = await asyncio.wait_for(open_report, 5)
             assert answer.desired is not None
-            assert answer.desired.beside == ()
+            assert answer.desired.also_serves == ()
             # it hears that now and drops alpha, while its last word is that it serves it
             again = asyncio.create_task(hall.load("alpha"))
             await until(lambda: bool(hall.controller._fleet.loaded))
@@ -1438,7 +1435,7 @@ def test_a_report_from_before_the_replica_was_told_something_else_is_not_believe
             without = report(layout, acting_on=answer.desired)
             answer = await asyncio.wait_for(hall.report(without), 5)
             assert answer.desired is not None
-            last = report(layout, acting_on=answer.desired, beside=(alpha,))
+            last = report(layout, acting_on=answer.desired, also_serves=(alpha,))
             open_report = asyncio.create_task(hall.report(last))
             assert (await asyncio.wait_for(again, 5)).ready == 1
             open_report.cancel()
@@ -1454,7 +1451,7 @@ def test_a_late_joiner_serves_what_is_loaded_before_it_is_ready(
             await hall.replicas("r1")
             await hall.load("alpha")
             await hall.replicas("r2")
-            assert hall.beside() == [{"alpha"}, {"alpha"}]
+            assert hall.also_serves() == [{"alpha"}, {"alpha"}]
 
     tell(story())
 
@@ -1471,10 +1468,10 @@ def test_a_restarted_controller_knows_what_was_loaded_and_from_where(
             [again] = await hall.controller.adapters()
             assert (again.revision, again.lora_path) == (loaded.revision, loaded.lora_path)
             await hall.replicas("r2")
-            assert hall.beside() == [{"alpha"}, {"alpha"}]
+            assert hall.also_serves() == [{"alpha"}, {"alpha"}]
             await hall.restart(adapter=hall.adapter("gamma"))
             await until(lambda: hall.holds() == {"gamma"})
-            assert hall.beside() == [{"alpha"}, {"alpha"}], "another default is no reason"
+            assert hall.also_serves() == [{"alpha"}, {"alpha"}], "another default is no reason"
 
     tell(story())
 
@@ -1487,11 +1484,11 @@ def test_a_rollout_goes_on_while_adapters_come_and_go(world: TinyWorld, tmp_path
             running = await hall.roll("beta")
             await until(lambda: not hall.engines["r1"].admission.is_open)
             loading = asyncio.create_task(hall.load("alpha"))
-            await until(lambda: "alpha" in {one.name for one in hall.engines["r2"].beside})
+            await until(lambda: "alpha" in {one.name for one in hall.engines["r2"].also_serves})
             hall.engines["r1"].drained.set()
             assert (await loading).ready == 2
             assert (await hall.ended(running)).state == "succeeded"
-            assert (hall.holds(), hall.beside()) == ({"beta"}, [{"alpha"}, {"alpha"}])
+            assert (hall.holds(), hall.also_serves()) == ({"beta"}, [{"alpha"}, {"alpha"}])
 
     tell(story())
 
@@ -1505,9 +1502,9 @@ def test_a_loaded_adapter_that_becomes_the_default_stays_loaded(
             await hall.load("alpha")
             await hall.ended(await hall.roll("alpha"))
             [view] = await hall.controller.adapters()
-            assert (view.ready, hall.beside()) == (2, [set(), set()])
+            assert (view.ready, hall.also_serves()) == (2, [set(), set()])
             await hall.ended(await hall.roll("beta"))
-            await until(lambda: hall.beside() == [{"alpha"}, {"alpha"}])
+            await until(lambda: hall.also_serves() == [{"alpha"}, {"alpha"}])
             assert all("alpha" in names for names in hall.engines["r1"].served)
 
     tell(story())
@@ -1527,7 +1524,7 @@ def test_an_adapter_that_cannot_be_packed_any_more_keeps_no_replica_from_its_def
             await hall.until_serving("r1")
             await hall.replicas("r2")
             await hall.until_serving("r1", "r2")
-            assert hall.beside() == [{"alpha"}, set()]
+            assert hall.also_serves() == [{"alpha"}, set()]
             reports = hall.controller._reports.last
             await until(lambda: bool(reports()["r2"].refused))
             fleet = await hall.controller.fleet()
@@ -1535,7 +1532,7 @@ def test_an_adapter_that_cannot_be_packed_any_more_keeps_no_replica_from_its_def
             [view] = await hall.controller.adapters()
             assert (view.ready, view.total) == (1, 2)
             await hall.load("alpha")  # which keeps a copy of it again
-            assert hall.beside() == [{"alpha"}, {"alpha"}]
+            assert hall.also_serves() == [{"alpha"}, {"alpha"}]
 
     tell(story())
 
@@ -1551,7 +1548,7 @@ def test_a_user_who_goes_away_while_an_adapter_fails_leaves_nothing_half_loaded(
             await until(lambda: bool(hall.controller._fleet.loaded))
             loading.cancel()
             await until(lambda: not hall.controller._fleet.loaded)
-            await until(lambda: hall.beside() == [set(), set()])
+            await until(lambda: hall.also_serves() == [set(), set()])
 
     tell(story())
 

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from hotswap_lib import BASE
-from serve_app.controller.desired_state import Intent, known
-from serve_app.controller.journal import Entry, Fenced, Journal
+from serve_app.controller.desired_state import DesiredState, known
+from serve_app.controller.journal import Journal, JournalEntry
+from serve_app.rollout.errors import IllegalEvent
 from serve_app.rollout.events import LoadRequested, Reported
 from serve_app.rollout.machine import Documents
 from serve_app.rollout.plan import Plan
-from serve_app.rollout.state import Desired, Fleet, IllegalEvent, Rollout, State, Traffic
-from serve_app.wire.reports import key
+from serve_app.rollout.state import Desired, Fleet, Rollout, State, Traffic
+from serve_app.wire.errors import Fenced
 
 A, B, C = (f"{name}@{digit * 64}" for name, digit in (("a", "1"), ("b", "2"), ("c", "3")))
 
@@ -32,17 +33,17 @@ class Failing(Journal):
 
     failures = 0
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: JournalEntry) -> None:
         if self.failures > 0:
             self.failures -= 1
             raise OSError("the bucket does not answer")
         super().write(entry)
 
 
-async def begun(state: Path, journal: Journal | None = None) -> Intent:
+async def begun(state: Path, journal: Journal | None = None) -> DesiredState:
     """A controller's intent that has claimed an epoch and begun with nothing."""
     journal = journal or Journal(str(state))
-    intent = Intent(journal, declared=None)
+    intent = DesiredState(journal, declared=None)
     await intent.write(replace(intent.fleet, epoch=journal.claim(after=0)))
     return intent
 
@@ -61,7 +62,7 @@ def load(revision: str, *, instead_of: str | None = None) -> LoadRequested:
     return LoadRequested(revision=revision, instead_of=instead_of, at=1.0)
 
 
-def written(state: Path) -> Entry:
+def written(state: Path) -> JournalEntry:
     entry = Journal(str(state)).read()
     assert entry is not None
     return entry
@@ -70,9 +71,9 @@ def written(state: Path) -> Entry:
 def test_a_fleet_that_nobody_has_acted_for_begins_with_the_base_model(tmp_path: Path) -> None:
     async def story() -> None:
         intent = await begun(tmp_path)
-        assert (intent.fleet.stable, intent.fleet.epoch) == (key(BASE), 1)
+        assert (intent.fleet.stable, intent.fleet.epoch) == (BASE.key, 1)
         assert not intent.decided
-        await intent.decide(heard(holds=key(BASE)))
+        await intent.decide(heard(holds=BASE.key))
         assert not intent.decided, "a replica that reports has asked for nothing"
         await intent.decide(load(A))
         assert intent.decided
@@ -115,7 +116,7 @@ def test_sources_of_what_is_being_asked_for_outlive_decisions_of_others(tmp_path
     async def story() -> None:
         intent = await begun(tmp_path)
         intent.sources[A] = "/a"
-        await intent.decide(heard(holds=key(BASE)))
+        await intent.decide(heard(holds=BASE.key))
         await intent.decide(load(B))
         await intent.decide(load(A))
         assert written(tmp_path).sources == {A: "/a"}
@@ -151,7 +152,7 @@ def test_what_was_decided_here_or_before_is_known(tmp_path: Path) -> None:
         assert intent.knows(Documents(intent.fleet).of("r1"))
         assert not intent.knows(acts_on(9, 1))
         await intent.decide(load(A))
-        again = Intent(Journal(str(tmp_path)), declared=None)
+        again = DesiredState(Journal(str(tmp_path)), declared=None)
         again.decided = True
         await again.write(replace(written(tmp_path).fleet, epoch=2))
         assert again.knows(Documents(intent.fleet).of("r1"))
@@ -185,8 +186,10 @@ def test_a_controller_without_a_journal_takes_over_what_the_replicas_act_on(
 def test_a_rollout_that_was_under_way_is_taken_back(tmp_path: Path) -> None:
     async def story() -> None:
         intent = await begun(tmp_path)
-        now = Traffic(canary=B, weight=10, placement="shared", trial="rollout-4.1.1")
-        await intent.learn({"r1": acts_on(5, 9, stage=B, beside=(B,), traffic=now, rollouts=4)})
+        now = Traffic(canary=B, weight=10, placement="shared", step_id="rollout-4.1.1")
+        await intent.learn(
+            {"r1": acts_on(5, 9, stage=B, also_serves=(B,), traffic=now, rollouts=4)}
+        )
         rollout = intent.fleet.running
         assert rollout is not None
         assert (rollout.id, rollout.state) == ("rollout-4", State.ABORTING)
@@ -217,7 +220,7 @@ def test_who_was_asked_for_something_since_repeats_its_own_decision(tmp_path: Pa
         await intent.decide(load(C))
         later = acts_on(7, 3)
         assert await intent.learn({"r1": later})
-        assert (intent.fleet.stable, intent.fleet.loaded) == (key(BASE), (C,))
+        assert (intent.fleet.stable, intent.fleet.loaded) == (BASE.key, (C,))
         assert intent.fleet.epoch > 7
         assert intent.knows(later)
 
@@ -247,7 +250,7 @@ def test_an_epoch_that_could_not_be_used_does_not_end_its_controller(tmp_path: P
         with pytest.raises(OSError, match="does not answer"):
             await intent.learn({"r1": said})
         assert not intent.knows(said)
-        await intent.decide(heard(holds=key(BASE)))
+        await intent.decide(heard(holds=BASE.key))
         assert await intent.learn({"r1": said})
         await intent.decide(load(C))
         assert intent.fleet.stable == A

@@ -5,33 +5,33 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hotswap_lib import Revision
-from serve_app.controller.canary_stats import Trial
+from serve_app.controller.canary_stats import CanaryStats
 from serve_app.controller.fleet_view import fleet_view, rollout_view
 from serve_app.rollout.analysis import Measurement, Outcome, Verdict
-from serve_app.rollout.plan import Plan, Step
+from serve_app.rollout.plan import CanaryStep, Plan
 from serve_app.rollout.state import Failure, Fleet, Observed, Pause, Progress, Rollout, State
 from serve_app.wire.admin import FleetView, LaneView, StartView, SwapView
-from serve_app.wire.reports import Report, key
+from serve_app.wire.reports import Report
 
 OLD, NEW = Revision("old", "1" * 64), Revision("new", "2" * 64)
 RUNNING = Rollout(
     id="rollout-1",
     plan=Plan(adapter="/adapters/new", max_unavailable=2),
-    target=key(NEW),
-    previous=key(OLD),
+    target=NEW.key,
+    previous=OLD.key,
     state=State.PROGRESSING,
     created_at=100.0,
 )
 FLEET = Fleet(
-    stable=key(OLD),
+    stable=OLD.key,
     epoch=2,
     generation=9,
-    assigned={"r1": key(NEW), "r2": key(OLD)},
+    assigned={"r1": NEW.key, "r2": OLD.key},
     rollout=RUNNING,
-    history=(key(OLD),),
+    history=(OLD.key,),
     observed={
-        "r2": Observed(holds=key(OLD), staged=key(NEW), serving=True, seen_at=99.0),
-        "r1": Observed(holds=key(NEW), serving=True, seen_at=98.5),
+        "r2": Observed(holds=OLD.key, staged=NEW.key, serving=True, seen_at=99.0),
+        "r1": Observed(holds=NEW.key, serving=True, seen_at=98.5),
     },
 )
 TENANT = Revision("tenant", "3" * 64)
@@ -48,15 +48,15 @@ def report(replica: str, *, admits: bool = True) -> Report:
         holds=NEW,
         staged=OLD,
         serving=True,
-        failure=Failure(revision=key(NEW), reason="no luck", generation=9),
+        failure=Failure(revision=NEW.key, reason="no luck", generation=9),
         running=3,
         recompiles=1,
         limit_hits=2,
         last_swap=SWAP,
         pid=77,
         node="node-1",
-        beside=(TENANT,),
-        refused=(Failure(revision=key(OLD), reason="no memory", generation=9),),
+        also_serves=(TENANT,),
+        refused=(Failure(revision=OLD.key, reason="no memory", generation=9),),
         admits=admits,
         lanes=LANES,
         start=START,
@@ -79,8 +79,8 @@ def test_a_rollout_that_ended_shows_what_it_reached_then_and_how_long_it_took() 
     ended = Rollout(
         id="rollout-0",
         plan=Plan(adapter="a"),
-        target=key(NEW),
-        previous=key(OLD),
+        target=NEW.key,
+        previous=OLD.key,
         state=State.ABORTED,
         reason="no luck",
         created_at=100.0,
@@ -122,12 +122,12 @@ def test_a_replica_shows_what_its_last_report_said() -> None:
 
 def test_a_rollout_that_ended_is_no_longer_the_fleets() -> None:
     ended = Fleet(
-        stable=key(NEW),
+        stable=NEW.key,
         rollout=Rollout(
             id="rollout-1",
             plan=Plan(adapter="a"),
-            target=key(NEW),
-            previous=key(OLD),
+            target=NEW.key,
+            previous=OLD.key,
             state=State.SUCCEEDED,
             ended_at=1.0,
             progress=Progress(total=1, staged=1, committed=1),
@@ -138,15 +138,15 @@ def test_a_rollout_that_ended_is_no_longer_the_fleets() -> None:
 
 def test_a_fleet_in_which_nobody_serves_is_not_ready() -> None:
     assert view().ready
-    assert not view(Fleet(stable=key(OLD))).ready
-    moving = Fleet(stable=key(OLD), observed={"r1": Observed()})
+    assert not view(Fleet(stable=OLD.key)).ready
+    moving = Fleet(stable=OLD.key, observed={"r1": Observed()})
     assert not view(moving).ready
     assert not view(moving, {"r1": report("r1", admits=False)}).ready
     assert view(moving, {"r1": report("r1")}).ready, "it lets requests in on what it held before"
 
 
 def test_the_fleet_shows_what_is_loaded_and_a_rollout_its_policy() -> None:
-    assert view(replace(FLEET, loaded=(key(TENANT),))).loaded == [str(TENANT)]
+    assert view(replace(FLEET, loaded=(TENANT.key,))).loaded == [str(TENANT)]
     plan = Plan(adapter="a", in_flight="overlap")
     assert rollout_view(FLEET, replace(RUNNING, plan=plan)).in_flight == "overlap"
 
@@ -167,7 +167,7 @@ LOOK = Verdict(
     requests=200,
     measurements=(Measurement(name="error_rate", outcome=Outcome.PASS, why="it is 0", canary=0.0),),
 )
-STEPS = (Step(weight=10, hold=60), Step(weight=50, hold="manual"))
+STEPS = (CanaryStep(weight=10, hold=60), CanaryStep(weight=50, hold="manual"))
 CANARY = replace(
     RUNNING,
     plan=Plan(adapter="/new", strategy="canary", steps=STEPS, placement="shared"),
@@ -191,18 +191,18 @@ def test_a_running_canary_shows_its_step_its_weight_and_what_was_seen_last() -> 
 
 
 def test_a_canary_says_the_share_that_it_got_beside_the_one_that_it_shall_get() -> None:
-    class Counted(Trial):
+    class Counted(CanaryStats):
         def share_of(self, revision: str) -> tuple[float | None, int]:
             return (9.8765, 810) if revision == CANARY.target else (None, 0)
 
     fleet = replace(FLEET, rollout=CANARY)
-    shown = rollout_view(fleet, CANARY, trial=Counted()).canary
+    shown = rollout_view(fleet, CANARY, step_id=Counted()).canary
     assert shown is not None
     assert (shown.weight, shown.share, shown.requests) == (10, 9.88, 810)
     over = replace(CANARY, state=State.ABORTED, ended_at=101.0)
-    shown = rollout_view(replace(FLEET, rollout=over), over, trial=Counted()).canary
+    shown = rollout_view(replace(FLEET, rollout=over), over, step_id=Counted()).canary
     assert shown is not None
-    assert (shown.share, shown.requests) == (None, 0), "the trial is another one's by now"
+    assert (shown.share, shown.requests) == (None, 0), "the step_id is another one's by now"
 
 
 def test_a_canary_that_waits_says_for_what() -> None:

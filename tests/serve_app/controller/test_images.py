@@ -22,7 +22,8 @@ from hotswap_lib import (
     RankOverEnvelope,
     load_adapter,
 )
-from serve_app.controller.images import AdapterStore, ImageShelf, ImageUnavailable, RevisionLost
+from serve_app.controller.images import AdapterStore, ImageShelf
+from serve_app.wire.errors import ImageUnavailable, RevisionLost
 from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.fakes import CountingPut
 

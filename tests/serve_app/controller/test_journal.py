@@ -18,9 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.controller.journal import Entry, Fenced, Journal, JournalUnreadable
+from serve_app.controller.journal import Journal, JournalEntry, JournalUnreadable
 from serve_app.rollout.plan import Plan
 from serve_app.rollout.state import Fleet, Observed, Progress, Rollout, State
+from serve_app.wire.errors import Fenced
 from tests.serve_app.fakes import bucket
 
 names = st.text(min_size=1, max_size=12)
@@ -66,8 +67,8 @@ fleets = st.builds(
 )
 
 
-def entry(stable: str = "old", *, epoch: int = 1) -> Entry:
-    return Entry(fleet=Fleet(stable=stable, epoch=epoch), declared=None, sources={})
+def entry(stable: str = "old", *, epoch: int = 1) -> JournalEntry:
+    return JournalEntry(fleet=Fleet(stable=stable, epoch=epoch), declared=None, sources={})
 
 
 @pytest.fixture(params=["file", "memory", "s3"])
@@ -95,14 +96,14 @@ def test_any_fleet_comes_back_as_it_was_written(
     fleet: Fleet, declared: str | None, sources: dict[str, str]
 ) -> None:
     uri = f"memory://journal-tests/{uuid.uuid4().hex}"
-    written = Entry(fleet=fleet, declared=declared, sources=sources)
+    written = JournalEntry(fleet=fleet, declared=declared, sources=sources)
     Journal(uri).write(written)
     assert Journal(uri).read() == written
 
 
 def test_what_replicas_hold_is_not_written(tmp_path: Path) -> None:
     fleet = Fleet(stable="old", observed={"r1": Observed(holds="old", serving=True)})
-    Journal(str(tmp_path)).write(Entry(fleet=fleet, declared=None, sources={}))
+    Journal(str(tmp_path)).write(JournalEntry(fleet=fleet, declared=None, sources={}))
     again = Journal(str(tmp_path)).read()
     assert again is not None
     assert again.fleet == replace(fleet, observed={})
@@ -134,14 +135,14 @@ def test_a_process_that_dies_in_the_middle_of_writing_leaves_the_entry_before(
     Journal(str(tmp_path)).write(entry("before"))
     dies = f"""
 import resource, signal
-from serve_app.controller.journal import Entry, Journal
+from serve_app.controller.journal import JournalEntry, Journal
 from serve_app.rollout.state import Fleet
 journal = Journal({str(tmp_path)!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills whoever writes past the limit
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 fleet = Fleet(stable="after", history=("x" * 100,) * 5000)
-journal.write(Entry(fleet=fleet, declared=None, sources={{}}))
+journal.write(JournalEntry(fleet=fleet, declared=None, sources={{}}))
 """
     dead = subprocess.run([sys.executable, "-c", dies], capture_output=True, check=False)
     assert dead.returncode == -signal.SIGXFSZ, dead.stderr

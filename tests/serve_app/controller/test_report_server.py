@@ -11,9 +11,9 @@ import fsspec
 import pytest
 
 from hotswap_lib import BASE, AdapterRefused, Layout
-from serve_app.controller.journal import Entry, Fenced, Journal
+from serve_app.controller.journal import Journal, JournalEntry
 from serve_app.rollout.state import Desired
-from serve_app.wire.reports import key
+from serve_app.wire.errors import Fenced
 from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.controller.test_deployment import Hall, introduced, report, tell
 from tests.serve_app.fakes import bucket, settled, until
@@ -27,7 +27,7 @@ class Watched(Journal):
         self.written = self.failures = 0
         self.slow_s = 0.0
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: JournalEntry) -> None:
         time.sleep(self.slow_s)
         if self.failures > 0:
             self.failures -= 1
@@ -39,7 +39,7 @@ class Watched(Journal):
 def watched(hall: Hall) -> Watched:
     journal = Watched(str(hall.state))
     journal._mine = hall.controller._journal._mine
-    hall.controller._intent._journal = journal
+    hall.controller._desired_state._journal = journal
     return journal
 
 
@@ -59,7 +59,7 @@ def test_reports_that_come_while_a_decision_is_written_are_decided_upon_together
                 *(hall.report(report(layout, replica=name)) for name in names)
             )
             assert journal.written <= 3, "each of them joins, which alone is a decision"
-            assert {answer.desired.hold for answer in answers if answer.desired} == {key(BASE)}
+            assert {answer.desired.hold for answer in answers if answer.desired} == {BASE.key}
             assert all(answer.desired for answer in answers)
             assert set(hall.journal()["assigned"]) == set(names)
 
@@ -80,7 +80,7 @@ def test_whoever_reported_hears_that_the_journal_failed_and_the_next_report_work
             assert hall.controller._fleet.observed == {}
             answer = await hall.report(report(layout))
             assert answer.desired is not None
-            assert hall.journal()["assigned"] == {"r1": key(BASE)}
+            assert hall.journal()["assigned"] == {"r1": BASE.key}
 
     tell(story())
 
@@ -94,7 +94,7 @@ def test_a_report_that_waits_to_be_decided_upon_brings_no_replica_back_that_has_
             journal = watched(hall)
             journal.slow_s = 0.05
             first = asyncio.create_task(hall.report(report(layout, replica="r2")))
-            await until(lambda: hall.controller._intent._lock.locked())
+            await until(lambda: hall.controller._desired_state._lock.locked())
             late = asyncio.create_task(hall.report(report(layout)))
             await settled()
             late.cancel()
@@ -215,7 +215,7 @@ def test_a_controller_without_a_journal_takes_over_what_the_fleet_holds(
             [view] = await hall.controller.adapters()
             assert view.lora_path == hall.adapter("alpha")
             await hall.replicas("r3")
-            assert (hall.holds(), hall.beside()) == ({"beta"}, [{"alpha"}] * 3)
+            assert (hall.holds(), hall.also_serves()) == ({"beta"}, [{"alpha"}] * 3)
             swaps = [engine.swaps for engine in hall.engines.values()]
             gamma, beta = world.revision("gamma"), world.revision("beta")
             assert swaps == [[gamma, beta], [gamma, beta], [beta]], "nobody was reset"
@@ -284,7 +284,7 @@ def test_a_journal_that_is_older_than_the_fleet_is_followed_in_a_newer_epoch(
             await introduced(hall, layout)
             await hall.restart()
             await hall.join("r1", layout)
-            later = Desired(epoch=9, generation=4, hold=key(BASE), stable=key(BASE))
+            later = Desired(epoch=9, generation=4, hold=BASE.key, stable=BASE.key)
             answer = await hall.report(report(layout, acting_on=later))
             assert answer.desired is not None
             assert answer.desired.epoch > 9, "a replica refuses what is older"

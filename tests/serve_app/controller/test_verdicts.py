@@ -12,7 +12,6 @@ import pytest
 from scipy.stats import mannwhitneyu
 
 from serve_app.controller import verdicts as judge
-from serve_app.engine.request_recorder import Tally
 from serve_app.rollout.analysis import (
     Analysis,
     Check,
@@ -24,6 +23,7 @@ from serve_app.rollout.analysis import (
     Probe,
     Query,
 )
+from serve_app.wire.request_stats import RequestStats
 
 PASS, FAIL, INCONCLUSIVE = Outcome.PASS, Outcome.FAIL, Outcome.INCONCLUSIVE
 SECONDS = [number / 100 for number in range(1, 101)]  # 0.01, 0.02 ... 1.00
@@ -34,14 +34,16 @@ TIMES = [
 ]
 
 
-def judged(check: Check, canary: Tally, stable: Tally | None = None, **more: Any) -> Measurement:
-    [found] = judge.checks(Analysis(checks=(check,), **more), canary, stable or Tally())
+def judged(
+    check: Check, canary: RequestStats, stable: RequestStats | None = None, **more: Any
+) -> Measurement:
+    [found] = judge.checks(Analysis(checks=(check,), **more), canary, stable or RequestStats())
     return found
 
 
-def tally(errors: int = 0, /, **values: list[float]) -> Tally:
+def stats(errors: int = 0, /, **values: list[float]) -> RequestStats:
     requests = max((len(each) for each in values.values()), default=0) + errors
-    return Tally(requests=requests, errors=errors, chosen=requests, **values)
+    return RequestStats(requests=requests, errors=errors, chosen=requests, **values)
 
 
 # ---- limits -------------------------------------------------------------------------------------
@@ -58,39 +60,39 @@ def test_a_metric_is_the_quantile_of_its_own_values(
     values = {name: [9.0] * 100 for _, name in TIMES} | {where: shuffled}
     for limit, outcome in ((figure, PASS), (figure - 0.001, FAIL)):
         check = Check(metric=metric, quantile=quantile, max=limit)
-        found = judged(check, tally(**values))
+        found = judged(check, stats(**values))
         assert (found.outcome, found.canary, found.canary_samples) == (outcome, figure, 100)
         assert found.name == f"{metric} p{100 * quantile:g}"
-    assert judged(Check(metric=metric, quantile=quantile, min=2), tally(**values)).outcome is FAIL
+    assert judged(Check(metric=metric, quantile=quantile, min=2), stats(**values)).outcome is FAIL
 
 
 def test_without_a_quantile_it_is_the_usual_one() -> None:
-    values = tally(latency_s=SECONDS, tokens_per_s=SECONDS)
+    values = stats(latency_s=SECONDS, tokens_per_s=SECONDS)
     assert judged(Check(metric="latency", max=1), values).name == "latency p95"
     assert judged(Check(metric="tokens_per_second", min=0), values).name == "tokens_per_second p50"
 
 
 def test_the_share_of_failed_requests_is_one_number() -> None:
-    values = Tally(requests=200, errors=3)
+    values = RequestStats(requests=200, errors=3)
     found = judged(Check(metric="error_rate", max=0.01), values)
     assert (found.name, found.outcome, found.canary) == ("error_rate", FAIL, 0.015)
     assert found.why == "error_rate is 0.015, and has to be at most 0.01"
     assert judged(Check(metric="error_rate", max=0.015), values).outcome is PASS
-    assert judged(Check(metric="error_rate", max=0), Tally(requests=30)).outcome is PASS
+    assert judged(Check(metric="error_rate", max=0), RequestStats(requests=30)).outcome is PASS
 
 
 def test_what_fails_says_its_figure_its_unit_and_both_limits() -> None:
-    found = judged(Check(metric="latency", min=2, max=3), tally(latency_s=SECONDS))
+    found = judged(Check(metric="latency", min=2, max=3), stats(latency_s=SECONDS))
     assert found.why == "latency p95 is 0.96 s, and has to be at least 2 and at most 3 s"
-    fine = judged(Check(metric="tokens_per_second", min=0.5), tally(tokens_per_s=SECONDS))
+    fine = judged(Check(metric="tokens_per_second", min=0.5), stats(tokens_per_s=SECONDS))
     assert fine.why == "tokens_per_second p50 is 0.51 tokens/s"
 
 
 def test_the_figure_of_stable_is_told_where_there_is_one() -> None:
     check = Check(metric="latency", max=2)
-    found = judged(check, tally(latency_s=SECONDS), tally(latency_s=[5.0, 7.0]))
+    found = judged(check, stats(latency_s=SECONDS), stats(latency_s=[5.0, 7.0]))
     assert (found.outcome, found.stable, found.stable_samples) == (PASS, 7.0, 2)
-    assert judged(check, tally(latency_s=SECONDS)).stable is None
+    assert judged(check, stats(latency_s=SECONDS)).stable is None
 
 
 # ---- no data ------------------------------------------------------------------------------------
@@ -101,7 +103,7 @@ COMPARED = Check(metric="latency", max=2, versus_stable=Comparison())
 @pytest.mark.parametrize("no_data", ["inconclusive", "pass", "fail"])
 def test_too_few_requests_are_what_the_plan_says_they_are(no_data: NoData) -> None:
     more: dict[str, Any] = {"min_samples": 50, "no_data": no_data}
-    few, enough = tally(latency_s=SECONDS[:49]), tally(latency_s=SECONDS[:50])
+    few, enough = stats(latency_s=SECONDS[:49]), stats(latency_s=SECONDS[:50])
     for check in (Check(metric="latency", max=2), Check(metric="error_rate", max=1), COMPARED):
         found = judged(check, few, enough, **more)
         assert found.outcome == no_data
@@ -112,7 +114,7 @@ def test_too_few_requests_are_what_the_plan_says_they_are(no_data: NoData) -> No
 @pytest.mark.parametrize("no_data", ["inconclusive", "pass", "fail"])
 def test_too_few_requests_on_stable_are_no_data_for_a_comparison_only(no_data: NoData) -> None:
     more: dict[str, Any] = {"min_samples": 50, "no_data": no_data}
-    few, enough = tally(latency_s=SECONDS[:49]), tally(latency_s=SECONDS[:50])
+    few, enough = stats(latency_s=SECONDS[:49]), stats(latency_s=SECONDS[:50])
     found = judged(COMPARED, enough, few, **more)
     assert (found.outcome, found.canary_samples, found.stable_samples) == (no_data, 50, 49)
     assert found.why == "latency p95: 49 of 50 samples on stable"
@@ -121,11 +123,11 @@ def test_too_few_requests_on_stable_are_no_data_for_a_comparison_only(no_data: N
 
 def test_a_limit_that_is_broken_needs_no_comparison_to_fail() -> None:
     check = Check(metric="latency", max=0.1, versus_stable=Comparison())
-    assert judged(check, tally(latency_s=SECONDS)).outcome is FAIL
+    assert judged(check, stats(latency_s=SECONDS)).outcome is FAIL
 
 
 def test_many_failures_do_not_stand_in_for_times() -> None:
-    found = judged(Check(metric="latency", max=2), tally(100, latency_s=SECONDS[:5]))
+    found = judged(Check(metric="latency", max=2), stats(100, latency_s=SECONDS[:5]))
     assert found.why == "latency p95: 5 of 30 samples on the canary"
 
 
@@ -135,7 +137,7 @@ def test_many_failures_do_not_stand_in_for_times() -> None:
 @pytest.mark.parametrize(("metric", "where"), TIMES)
 def test_being_worse_than_stable_fails_and_being_better_passes(metric: Any, where: str) -> None:
     check = Check(metric=metric, versus_stable=Comparison())
-    small, large = tally(**{where: SECONDS}), tally(**{where: [2 * each for each in SECONDS]})
+    small, large = stats(**{where: SECONDS}), stats(**{where: [2 * each for each in SECONDS]})
     better, worse = (large, small) if metric == "tokens_per_second" else (small, large)
     failed, passed = judged(check, worse, better), judged(check, better, worse)
     assert (failed.outcome, passed.outcome) == (FAIL, PASS)
@@ -148,8 +150,8 @@ def test_being_worse_than_stable_fails_and_being_better_passes(metric: Any, wher
 
 def test_a_significant_difference_that_does_not_matter_passes() -> None:
     """Each a little worse, and thousands of them."""
-    ours = tally(latency_s=[each + 0.05 for each in SECONDS * 20])
-    theirs = tally(latency_s=SECONDS * 20)
+    ours = stats(latency_s=[each + 0.05 for each in SECONDS * 20])
+    theirs = stats(latency_s=SECONDS * 20)
     found = judged(Check(metric="latency", versus_stable=Comparison()), ours, theirs)
     assert found.outcome is PASS
     p = float(found.why.rsplit("p = ", 1)[1])
@@ -159,7 +161,7 @@ def test_a_significant_difference_that_does_not_matter_passes() -> None:
 
 
 def test_a_large_difference_that_chance_explains_passes() -> None:
-    ours, theirs = tally(latency_s=[1.0, 3.0, 4.0, 5.0]), tally(latency_s=[0.5, 1.5, 2.0, 4.5])
+    ours, theirs = stats(latency_s=[1.0, 3.0, 4.0, 5.0]), stats(latency_s=[0.5, 1.5, 2.0, 4.5])
     one = Comparison(effect=0.6)
     found = judged(Check(metric="latency", versus_stable=one), ours, theirs, min_samples=4)
     assert found.outcome is PASS
@@ -168,8 +170,10 @@ def test_a_large_difference_that_chance_explains_passes() -> None:
     assert found.outcome is FAIL
 
 
-@pytest.mark.parametrize("same", [tally(latency_s=[1.0] * 50), Tally(requests=50, errors=50)])
-def test_two_sides_that_are_all_the_same_are_no_different(same: Tally) -> None:
+@pytest.mark.parametrize(
+    "same", [stats(latency_s=[1.0] * 50), RequestStats(requests=50, errors=50)]
+)
+def test_two_sides_that_are_all_the_same_are_no_different(same: RequestStats) -> None:
     metric: Any = "latency" if same.latency_s else "error_rate"
     found = judged(Check(metric=metric, versus_stable=Comparison()), same, same)
     assert found.outcome is PASS
@@ -187,7 +191,7 @@ def test_a_canary_like_stable_is_hardly_ever_taken_back() -> None:
     usual = Check(metric="latency", versus_stable=Comparison())
     failed = {"strict": 0, "usual": 0}
     for _ in range(500):
-        ours, theirs = tally(latency_s=times(40)), tally(latency_s=times(200))
+        ours, theirs = stats(latency_s=times(40)), stats(latency_s=times(200))
         failed["strict"] += judged(strict, ours, theirs).outcome is FAIL
         failed["usual"] += judged(usual, ours, theirs).outcome is FAIL
     assert failed["strict"] <= 3  # of 500 with alpha 0.001; more than 3 is once in 500 seeds
@@ -212,7 +216,10 @@ def test_failures_are_compared_as_ones_and_zeros_would_be(
 
 
 def test_failures_in_their_millions_are_compared_too() -> None:
-    ours, theirs = Tally(requests=10**7, errors=10**6), Tally(requests=10**8, errors=10**6)
+    ours, theirs = (
+        RequestStats(requests=10**7, errors=10**6),
+        RequestStats(requests=10**8, errors=10**6),
+    )
     for effect, outcome in ((0.54, FAIL), (0.65, PASS)):
         check = Check(metric="error_rate", versus_stable=Comparison(effect=effect))
         assert judged(check, ours, theirs).outcome is outcome
@@ -287,6 +294,6 @@ def test_one_failure_is_enough_and_all_have_to_pass(seen: list[Outcome], outcome
 
 def test_every_check_of_a_plan_is_judged_in_its_order() -> None:
     checks = (Check(metric="latency", max=2), Check(metric="error_rate", max=0), COMPARED)
-    found = judge.checks(Analysis(checks=checks), tally(latency_s=SECONDS), Tally())
+    found = judge.checks(Analysis(checks=checks), stats(latency_s=SECONDS), RequestStats())
     assert [each.name for each in found] == ["latency p95", "error_rate", "latency p95"]
     assert [each.outcome for each in found] == [PASS, PASS, INCONCLUSIVE]

@@ -13,8 +13,8 @@ import torch
 from hotswap_lib import Revision, Slot
 from serve_app.engine.admission import DrainTimeout
 from serve_app.engine.batching import BatchEngine, Job
-from serve_app.engine.engine import EngineStopped, GenerationFailed, RevisionNotServed
 from serve_app.settings import Settings
+from serve_app.wire.errors import EngineStopped, GenerationFailed, RevisionNotServed
 from tests.hotswap_lib.families import FAMILIES
 from tests.serve_app.batching import Models, Running, running
 from tests.serve_app.fakes import settled, until
@@ -38,7 +38,7 @@ FAULTS: dict[str, BaseException] = {
 
 
 class Shouts(BatchEngine[Word]):
-    """Answers a word in capitals, and with the adapter in the weights. `open`: it may go on."""
+    """GenerationServing a word in capitals, and with the adapter in the weights. `open`: it may go on."""
 
     def __init__(self, slot: Slot, settings: Settings) -> None:
         super().__init__(slot, settings)

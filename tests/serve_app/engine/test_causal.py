@@ -16,8 +16,8 @@ from transformers import LlamaForCausalLM
 from hotswap_lib import AdapterImage, Envelope, Revision, pack, prepare
 from serve_app.engine.admission import DrainTimeout
 from serve_app.engine.causal import CausalEngine
-from serve_app.engine.engine import EngineStopped, GenerationFailed
-from serve_app.engine.sampling_params import Sampling
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.wire.errors import EngineStopped, GenerationFailed
 from tests.e2e.tiny_world import TinyWorld
 from tests.hotswap_lib.families import randomize
 from tests.serve_app.fakes import until
@@ -135,7 +135,7 @@ def test_a_greedy_request_beside_sampled_ones_is_still_exact(eager: Running) -> 
         await eager.swap("alpha")
 
         async def sampled() -> Said:
-            async with eager.steps(SHORT, 12, sampling=Sampling(temperature=1.5)) as steps:
+            async with eager.steps(SHORT, 12, sampling=SamplingParams(temperature=1.5)) as steps:
                 found = [step async for step in steps]
             return found[-1]
 
@@ -361,10 +361,11 @@ def test_an_engine_that_kept_its_prefixes_would_be_caught_by_the_test_above(
 def test_a_seed_draws_the_same_tokens_whatever_runs_beside_it(eager: Running) -> None:
     async def story() -> None:
         await eager.swap("alpha")
-        seeded = Sampling(temperature=1.0, top_p=0.95, seed=42)
+        seeded = SamplingParams(temperature=1.0, top_p=0.95, seed=42)
         alone = await eager.answer(SHORT, 30, sampling=seeded)
         unseeded = [
-            eager.answer(ids, 30, sampling=Sampling(temperature=1.0)) for ids in (SHORT, LONG, [9])
+            eager.answer(ids, 30, sampling=SamplingParams(temperature=1.0))
+            for ids in (SHORT, LONG, [9])
         ]
         batched, *_, again = await asyncio.gather(
             eager.answer(SHORT, 30, sampling=seeded),
@@ -372,7 +373,7 @@ def test_a_seed_draws_the_same_tokens_whatever_runs_beside_it(eager: Running) ->
             eager.answer(SHORT, 30, sampling=seeded),
         )
         assert alone.token_ids == batched.token_ids == again.token_ids
-        other = await eager.answer(SHORT, 30, sampling=Sampling(temperature=1.0, seed=43))
+        other = await eager.answer(SHORT, 30, sampling=SamplingParams(temperature=1.0, seed=43))
         assert other.token_ids != alone.token_ids
         assert not eager.is_exact(alone, SHORT, 30)
 
@@ -382,7 +383,11 @@ def test_a_seed_draws_the_same_tokens_whatever_runs_beside_it(eager: Running) ->
 def test_the_likeliest_token_alone_is_the_greedy_one(eager: Running) -> None:
     async def story() -> None:
         await eager.swap("beta")
-        for sampling in (Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(temperature=1e-6)):
+        for sampling in (
+            SamplingParams(top_k=1),
+            SamplingParams(top_p=1e-6),
+            SamplingParams(temperature=1e-6),
+        ):
             step = await eager.answer(LONG, sampling=sampling)
             assert eager.is_exact(step, LONG)
 
@@ -395,7 +400,7 @@ def test_logprobs_are_those_of_a_plain_model_one_for_each_token(
 ) -> None:
     async def story() -> None:
         await eager.swap("alpha")
-        sampling = Sampling(temperature=temperature, seed=1, top_k=20, logprobs=3)
+        sampling = SamplingParams(temperature=temperature, seed=1, top_k=20, logprobs=3)
         seen, _ = await asyncio.gather(
             all_steps(eager, LONG, 15, sampling=sampling, stream=True), eager.answer(SHORT, 15)
         )
@@ -442,9 +447,9 @@ def test_nothing_is_compiled_after_the_warm_up_whatever_comes(compiled: Running)
 def test_nothing_is_compiled_with_lanes_swaps_and_sampling_of_every_kind(compiled: Running) -> None:
     samplings = [
         GREEDY,
-        Sampling(temperature=0.0, logprobs=5),
-        Sampling(temperature=0.7, top_p=0.9, top_k=5, seed=1),
-        Sampling(temperature=1.0, logprobs=0),
+        SamplingParams(temperature=0.0, logprobs=5),
+        SamplingParams(temperature=0.7, top_p=0.9, top_k=5, seed=1),
+        SamplingParams(temperature=1.0, logprobs=0),
     ]
 
     async def story() -> None:

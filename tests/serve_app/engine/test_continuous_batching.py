@@ -1,6 +1,6 @@
 """One lane: requests that make the model fail, caches too small for all, and transformers' insides.
 
-Each private thing that `serve_app.generation` uses has a test here that fails with its name when
+Each private thing that `serve_app.engine.continuous_batching` uses has a test here that fails with its name when
 transformers changes. What the lanes together do is in test_causal.py.
 """
 
@@ -24,8 +24,8 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 from hotswap_lib import AdapterImage
 from serve_app.engine.continuous_batching import LaneScheduler
-from serve_app.engine.engine import EngineStopped, GenerationFailed
-from serve_app.engine.sampling_params import Sampling
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.wire.errors import EngineStopped, GenerationFailed
 from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.fakes import settled, until
 from tests.serve_app.generating import (
@@ -133,9 +133,9 @@ def test_those_who_survive_draw_the_tokens_and_logprobs_that_they_would_have_dra
     fresh: Running, poison: Poison
 ) -> None:
     samplings = [
-        Sampling(temperature=1.0, seed=5, logprobs=2),
-        Sampling(temperature=1.3, top_p=0.8, seed=6, logprobs=0),
-        Sampling(temperature=0.0, logprobs=3),
+        SamplingParams(temperature=1.0, seed=5, logprobs=2),
+        SamplingParams(temperature=1.3, top_p=0.8, seed=6, logprobs=0),
+        SamplingParams(temperature=0.0, logprobs=3),
     ]
 
     async def story() -> None:
@@ -303,7 +303,7 @@ def test_requests_that_do_not_all_fit_into_the_cache_finish_exactly(
     small: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resets = soft_resets(small, monkeypatch)
-    sampling = Sampling(temperature=1.0, seed=11, logprobs=1)
+    sampling = SamplingParams(temperature=1.0, seed=11, logprobs=1)
 
     async def story() -> None:
         await small.swap("alpha")

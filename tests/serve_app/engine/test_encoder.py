@@ -22,9 +22,9 @@ from transformers import (
 
 from serve_app.engine.encoder import EncoderEngine
 from serve_app.engine.pooling import Pooling, pool
-from serve_app.openai.requests import RequestRefused
-from serve_app.replica.serving_encode import EncoderAnswers
+from serve_app.replica.serving_encode import EncoderServing
 from serve_app.settings import Settings
+from serve_app.wire.errors import InvalidRequest
 from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.batching import Models, Running, running, texts
 
@@ -232,7 +232,7 @@ def test_interleaved_revisions_under_load_are_each_exact(encoder: Models, in_fli
             await asyncio.gather(*asking)
 
         started(story())
-        assert engine.turns.commits > 0
+        assert engine.weight_lock.commits > 0
 
 
 # ---- compiled -----------------------------------------------------------------------------------
@@ -274,9 +274,9 @@ def tokenizer(world: TinyWorld) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(world.model)
 
 
-def answers(engine: EncoderEngine, tokenizer: Any, **more: Any) -> EncoderAnswers:
+def answers(engine: EncoderEngine, tokenizer: Any, **more: Any) -> EncoderServing:
     settings = Settings(served_model_name="tiny")
-    return EncoderAnswers(engine, tokenizer, settings, replica="r1", **more)
+    return EncoderServing(engine, tokenizer, settings, replica="r1", **more)
 
 
 def test_embeddings_of_texts_and_token_lists_come_in_their_order(
@@ -321,7 +321,7 @@ def test_classes_have_the_labels_of_the_model(
 def test_what_the_model_cannot_read_is_refused_before_it_is_asked(
     vectors: Running[EncoderEngine], tokenizer: Any, request_: dict[str, Any], code: str
 ) -> None:
-    with pytest.raises(RequestRefused) as refused:
+    with pytest.raises(InvalidRequest) as refused:
         vectors(answers(vectors.engine, tokenizer).embeddings(request_))
     assert (refused.value.status, refused.value.code) == (400, code)
     assert vectors.engine.admission.running == 0
@@ -330,7 +330,7 @@ def test_what_the_model_cannot_read_is_refused_before_it_is_asked(
 def test_one_text_that_fails_ends_the_request_and_nobody_stays_inside(
     vectors: Running[EncoderEngine], tokenizer: Any
 ) -> None:
-    from serve_app.engine.engine import GenerationFailed
+    from serve_app.wire.errors import GenerationFailed
 
     engine = vectors.engine
     real, engine.vocabulary = engine.vocabulary, 10**6

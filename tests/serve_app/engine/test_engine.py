@@ -18,18 +18,17 @@ import pytest
 
 from hotswap_lib import AdapterImage, Revision
 from hotswap_lib.errors import VerifyFailed
-from serve_app.engine.engine import (
+from serve_app.engine.steps import GenerationOutput
+from serve_app.rollout.plan import InFlight
+from serve_app.rollout.state import Traffic
+from serve_app.wire.errors import (
     DeadlineExceeded,
     EngineStopped,
     GenerationFailed,
+    LanesTaken,
     RevisionNotServed,
-    Step,
 )
-from serve_app.engine.lanes import LanesTaken
-from serve_app.engine.request_recorder import PROBE, Tally
-from serve_app.rollout.plan import InFlight
-from serve_app.rollout.state import Traffic
-from serve_app.wire.reports import key
+from serve_app.wire.request_stats import PROBE, RequestStats
 from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.fakes import settled, until
 from tests.serve_app.generating import GREEDY, LONG, SHORT, Running, Said, started
@@ -70,7 +69,7 @@ def make(world: TinyWorld, images: dict[str, AdapterImage]) -> Iterator[Callable
 
 def staged(running: Running) -> set[str]:
     """The revisions whose images the engine still has."""
-    return {revision.name for revision in running.engine.turns._staged}
+    return {revision.name for revision in running.engine.weight_lock._staged}
 
 
 def in_lanes(running: Running) -> dict[str, int]:
@@ -123,11 +122,13 @@ def test_requests_that_run_finish_on_their_revision_beside_new_ones(
         before = [begin(two, SHORT, 60, stream=stream) for _ in range(3)]
         await lane_of(two, old, 3)
         new = await two.swap("beta", "overlap")
-        turns = two.engine.turns.commits
+        weight_lock = two.engine.weight_lock.commits
         after = [begin(two, ids, 30, stream=stream) for ids in (SHORT, LONG, SHORT)]
         steps = await asyncio.gather(*before, *after)
         assert [step.revision for step in steps] == [old] * 3 + [new] * 3
-        assert two.engine.turns.commits > turns + 5, "they did not run beside each other"
+        assert two.engine.weight_lock.commits > weight_lock + 5, (
+            "they did not run beside each other"
+        )
         for step, ids, tokens in zip(
             steps, [SHORT] * 4 + [LONG, SHORT], [60] * 3 + [30] * 3, strict=True
         ):
@@ -585,23 +586,25 @@ CANARY = "beta"
 
 
 def full(running: Running, name: str) -> str:
-    return key(running.images[name].revision)
+    return running.images[name].revision.key
 
 
-def traffic(running: Running, weight: float, trial: str = "r1.1.1", **more: Any) -> Traffic:
+def traffic(running: Running, weight: float, step_id: str = "r1.1.1", **more: Any) -> Traffic:
     given: dict[str, Any] = {"canary": full(running, CANARY), "placement": "shared"} | more
-    return Traffic(weight=weight, trial=trial, **given)
+    return Traffic(weight=weight, step_id=step_id, **given)
 
 
 @asynccontextmanager
-async def canary(running: Running, weight: float, **more: Any) -> AsyncIterator[dict[str, Tally]]:
-    """Alpha is the default, beta beside it has this share; the tallies of what runs meanwhile."""
+async def canary(
+    running: Running, weight: float, **more: Any
+) -> AsyncIterator[dict[str, RequestStats]]:
+    """Alpha is the default, beta beside it has this share; the request_stats of what runs meanwhile."""
     await running.swap("alpha")
     await running.hold(CANARY)
     running.engine.go_by(traffic(running, weight, **more))
-    tallies = running.engine.ledger.tallies
+    request_stats = running.engine.recorder.request_stats
     try:
-        yield tallies
+        yield request_stats
     finally:
         running.engine.go_by(None)
         running.engine.drop(running.images[CANARY].revision)
@@ -619,13 +622,13 @@ def test_a_shared_canary_gets_its_weight_of_the_requests_that_name_none(
     two: Running, weight: float
 ) -> None:
     async def story() -> None:
-        async with canary(two, weight) as tallies:
+        async with canary(two, weight) as request_stats:
             names = [await admitted_to(two) for _ in range(200)]
             assert abs(names.count(CANARY) - 2 * weight) <= 3
             assert set(names) <= {"alpha", CANARY}
-            seen = {k.partition("@")[0]: tally for k, tally in tallies.items()}
+            seen = {k.partition("@")[0]: stats for k, stats in request_stats.items()}
             assert {name: names.count(name) for name in set(names)} == {
-                name: tally.chosen for name, tally in seen.items()
+                name: stats.chosen for name, stats in seen.items()
             }
             step = await two.answer(LONG)
             assert two.is_exact(step, LONG)
@@ -653,12 +656,12 @@ def test_a_session_stays_on_the_canary_and_larger_weights_only_add_sessions(two:
 
 def test_a_pin_is_never_taken_to_the_canary_or_away_from_it(two: Running) -> None:
     async def story() -> None:
-        async with canary(two, 100) as tallies:
+        async with canary(two, 100) as request_stats:
             assert {await admitted_to(two, "alpha") for _ in range(20)} == {"alpha"}
             assert await admitted_to(two, "alpha", "some session") == "alpha"
             two.engine.go_by(traffic(two, 0))
             assert {await admitted_to(two, CANARY) for _ in range(20)} == {CANARY}
-            assert [tally.chosen for tally in tallies.values()] == [0, 0]
+            assert [stats.chosen for stats in request_stats.values()] == [0, 0]
 
     two(story())
 
@@ -694,18 +697,18 @@ def test_a_canary_that_became_the_default_answers_everybody(two: Running) -> Non
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_became_of_a_request_is_in_the_ledger(two: Running, stream: bool) -> None:
     async def story() -> None:
-        async with canary(two, 100) as tallies:
+        async with canary(two, 100) as request_stats:
             began = time.perf_counter()
             step = await begin(two, LONG, 20, stream=stream)
             within = time.perf_counter() - began
-            assert list(tallies) == [full(two, CANARY)]
-            [tally] = tallies.values()
-            assert (tally.requests, tally.errors, tally.chosen) == (1, 0, 1)
-            [latency], [first], [rate] = tally.latency_s, tally.first_token_s, tally.tokens_per_s
+            assert list(request_stats) == [full(two, CANARY)]
+            [stats] = request_stats.values()
+            assert (stats.requests, stats.errors, stats.chosen) == (1, 0, 1)
+            [latency], [first], [rate] = stats.latency_s, stats.first_token_s, stats.tokens_per_s
             assert 0 < first < latency < within
             assert rate == pytest.approx((len(step.token_ids) - 1) / (latency - first))
             await two.answer(SHORT, 1, pin="alpha")
-            pinned = tallies[full(two, "alpha")]
+            pinned = request_stats[full(two, "alpha")]
             assert (pinned.requests, pinned.chosen, pinned.tokens_per_s) == (1, 0, [])
             assert len(pinned.first_token_s) == 1
 
@@ -716,8 +719,8 @@ def test_a_request_with_several_choices_has_the_first_token_of_any_and_the_token
     two: Running,
 ) -> None:
     async def story() -> None:
-        async with canary(two, 100) as tallies, two.engine.admit() as ticket:
-            heard: list[Step] = []
+        async with canary(two, 100) as request_stats, two.engine.admit() as ticket:
+            heard: list[GenerationOutput] = []
 
             async def one(ids: list[int], tokens: int, stream: bool) -> None:
                 how: dict[str, Any] = {"sampling": GREEDY, "stream": stream}
@@ -728,7 +731,7 @@ def test_a_request_with_several_choices_has_the_first_token_of_any_and_the_token
             ended = [step for step in heard if step.finished]
             assert ticket.tokens == sum(len(step.token_ids) for step in ended)
             assert ticket.first_at == min(step.first_at or 0 for step in heard)
-            assert not tallies, "it is not over"
+            assert not request_stats, "it is not over"
 
     two(story())
 
@@ -760,19 +763,21 @@ def test_a_request_that_fails_is_an_error_of_its_revision_and_says_nothing_about
     running = make(lanes=2, request_timeout_s=0.15)
 
     async def story() -> None:
-        async with canary(running, 100) as tallies:
+        async with canary(running, 100) as request_stats:
             with pytest.raises(GenerationFailed):
                 await running.answer(SHORT, 10**6)
             with pytest.raises(DeadlineExceeded):
                 await running.answer(SHORT, 1500)
-            assert tallies == {full(running, CANARY): Tally(requests=2, errors=2, chosen=2)}
+            assert request_stats == {
+                full(running, CANARY): RequestStats(requests=2, errors=2, chosen=2)
+            }
 
     running(story())
 
 
 def test_who_was_refused_or_went_away_is_not_in_the_ledger(two: Running) -> None:
     async def story() -> None:
-        async with canary(two, 50) as tallies:
+        async with canary(two, 50) as request_stats:
             with pytest.raises(RevisionNotServed):
                 await two.answer(SHORT, pin="nobody")
             gone = begin(two, SHORT, 500)
@@ -781,12 +786,12 @@ def test_who_was_refused_or_went_away_is_not_in_the_ledger(two: Running) -> None
             await asyncio.wait([gone])
             async with two.steps(SHORT, 500, stream=True) as unfinished:
                 await anext(unfinished)
-            seen = sum(tally.requests for tally in tallies.values())
+            seen = sum(stats.requests for stats in request_stats.values())
             assert seen == 1, "whoever has read enough was answered"
             with pytest.raises(ZeroDivisionError):  # the client's own fault
                 async with two.engine.admit():
                     raise ZeroDivisionError
-            assert sum(tally.requests for tally in tallies.values()) == seen
+            assert sum(stats.requests for stats in request_stats.values()) == seen
 
     two(story())
 
@@ -795,12 +800,12 @@ def test_a_full_house_is_no_error_of_the_revision(make: Callable[..., Running]) 
     running = make(lanes=1, lane_overflow="refuse")
 
     async def story() -> None:
-        async with canary(running, 100) as tallies:
+        async with canary(running, 100) as request_stats:
             long = begin(running, SHORT, 200, pin="alpha")
             await lane_of(running, running.world.revision("alpha"))
             with pytest.raises(LanesTaken):
                 await running.answer(SHORT)
-            assert not tallies
+            assert not request_stats
             await long
 
     running(story())
@@ -808,31 +813,31 @@ def test_a_full_house_is_no_error_of_the_revision(make: Callable[..., Running]) 
 
 def test_the_requests_of_probes_are_not_counted(two: Running) -> None:
     async def story() -> None:
-        async with canary(two, 50) as tallies:
+        async with canary(two, 50) as request_stats:
             assert await admitted_to(two, CANARY, PROBE) == CANARY
             assert await admitted_to(two, "alpha", PROBE) == "alpha"
-            assert not tallies
+            assert not request_stats
 
     two(story())
 
 
 def test_a_new_trial_begins_with_nothing_and_hears_nothing_of_older_requests(two: Running) -> None:
     async def story() -> None:
-        async with canary(two, 100) as tallies:
+        async with canary(two, 100) as request_stats:
             await two.answer(SHORT, 2)
-            assert sum(tally.requests for tally in tallies.values()) == 1
+            assert sum(stats.requests for stats in request_stats.values()) == 1
             late = begin(two, SHORT, 60)
             await lane_of(two, two.world.revision(CANARY))
             two.engine.go_by(traffic(two, 50, "r1.2.1"))
-            assert two.engine.ledger.tallies == {}
+            assert two.engine.recorder.request_stats == {}
             await late
-            assert two.engine.ledger.tallies == {}
+            assert two.engine.recorder.request_stats == {}
             two.engine.go_by(traffic(two, 60, "r1.2.1"))
             await two.answer(SHORT, 2)
             two.engine.go_by(traffic(two, 70, "r1.2.1"))
-            assert len(two.engine.ledger.tallies) == 1, "the same trial goes on"
-        assert (two.engine.ledger.trial, two.engine.ledger.tallies) == (None, {})
+            assert len(two.engine.recorder.request_stats) == 1, "the same step_id goes on"
+        assert (two.engine.recorder.step_id, two.engine.recorder.request_stats) == (None, {})
         await two.answer(SHORT, 2)
-        assert two.engine.ledger.tallies == {}
+        assert two.engine.recorder.request_stats == {}
 
     two(story())

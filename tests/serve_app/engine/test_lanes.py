@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotswap_lib import Revision
-from serve_app.engine.lanes import Lanes, LanesTaken
+from serve_app.engine.lanes import Lanes
+from serve_app.wire.errors import LanesTaken
 from tests.serve_app.fakes import settled, until
 
 T = TypeVar("T")

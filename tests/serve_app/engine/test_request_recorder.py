@@ -1,4 +1,4 @@
-"""What a replica counts of a trial."""
+"""What a replica counts of a step_id."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from serve_app.engine import request_recorder as ledger
-from serve_app.engine.request_recorder import SAMPLES, Ledger, Tally
+from serve_app.engine import request_recorder as recorder
+from serve_app.engine.request_recorder import RequestRecorder
 from serve_app.rollout.analysis import Analysis, Check
+from serve_app.wire.request_stats import SAMPLES, RequestStats
 
 TRIAL = "r1.1.1"
 
 
-def opened() -> Ledger:
-    own = Ledger()
+def opened() -> RequestRecorder:
+    own = RequestRecorder()
     own.open(TRIAL)
     return own
 
 
-def write(own: Ledger, revision: str = "beta@1", **more: Any) -> None:
-    given = {"trial": TRIAL, "chosen": True, "failed": False, "latency_s": 1.0}
+def write(own: RequestRecorder, revision: str = "beta@1", **more: Any) -> None:
+    given = {"step_id": TRIAL, "chosen": True, "failed": False, "latency_s": 1.0}
     own.write(revision, **{**given, **more})
 
 
@@ -31,18 +32,18 @@ def test_a_request_adds_to_the_tally_of_its_revision_alone() -> None:
     own = opened()
     write(own, latency_s=2.5, first_token_s=0.5, tokens=5)
     write(own, "alpha@1", chosen=False, latency_s=1.5)
-    assert own.tallies == {
-        "beta@1": Tally(
+    assert own.request_stats == {
+        "beta@1": RequestStats(
             requests=1, chosen=1, latency_s=[2.5], first_token_s=[0.5], tokens_per_s=[2.0]
         ),
-        "alpha@1": Tally(requests=1, latency_s=[1.5]),
+        "alpha@1": RequestStats(requests=1, latency_s=[1.5]),
     }
 
 
 def test_a_request_that_failed_says_nothing_about_times() -> None:
     own = opened()
     write(own, failed=True, latency_s=30.0, first_token_s=0.5, tokens=9)
-    assert own.tallies == {"beta@1": Tally(requests=1, errors=1, chosen=1)}
+    assert own.request_stats == {"beta@1": RequestStats(requests=1, errors=1, chosen=1)}
 
 
 @pytest.mark.parametrize("more", [{"tokens": 1}, {"tokens": 0}, {"tokens": 5, "latency_s": 0.5}])
@@ -51,51 +52,51 @@ def test_an_answer_without_two_tokens_or_time_between_them_has_no_rate(
 ) -> None:
     own = opened()
     write(own, first_token_s=0.5, **more)
-    [tally] = own.tallies.values()
-    assert (len(tally.latency_s), tally.first_token_s, tally.tokens_per_s) == (1, [0.5], [])
+    [stats] = own.request_stats.values()
+    assert (len(stats.latency_s), stats.first_token_s, stats.tokens_per_s) == (1, [0.5], [])
 
 
 def test_nothing_is_counted_while_there_is_no_trial() -> None:
-    own = Ledger()
-    write(own, trial=None)
+    own = RequestRecorder()
+    write(own, step_id=None)
     write(own)
-    assert own.tallies == {}
+    assert own.request_stats == {}
 
 
 def test_a_new_trial_begins_with_nothing_and_the_same_one_goes_on() -> None:
     own = opened()
     write(own)
     own.open(TRIAL)
-    assert own.tallies["beta@1"].requests == 1
+    assert own.request_stats["beta@1"].requests == 1
     own.open("r1.2.1")
-    assert (own.trial, own.tallies) == ("r1.2.1", {})
+    assert (own.step_id, own.request_stats) == ("r1.2.1", {})
     own.open(None)
-    assert (own.trial, own.tallies) == (None, {})
+    assert (own.step_id, own.request_stats) == (None, {})
 
 
 def test_a_request_that_arrived_in_another_trial_does_not_count() -> None:
     own = opened()
     own.open("r1.2.1")
     write(own)
-    write(own, trial=None)
-    assert own.tallies == {}
-    write(own, trial="r1.2.1")
-    assert own.tallies["beta@1"].requests == 1
+    write(own, step_id=None)
+    assert own.request_stats == {}
+    write(own, step_id="r1.2.1")
+    assert own.request_stats["beta@1"].requests == 1
 
 
 def test_the_numbers_of_an_earlier_trial_stay_as_they_were_reported() -> None:
     own = opened()
     write(own)
-    reported = own.tallies
+    reported = own.request_stats
     own.open("r1.2.1")
-    write(own, trial="r1.2.1")
-    assert reported == {"beta@1": Tally(requests=1, chosen=1, latency_s=[1.0])}
+    write(own, step_id="r1.2.1")
+    assert reported == {"beta@1": RequestStats(requests=1, chosen=1, latency_s=[1.0])}
 
 
 def test_tallies_cross_process_boundaries() -> None:
     own = opened()
     write(own, first_token_s=0.5, tokens=3)
-    assert pickle.loads(pickle.dumps(own.tallies)) == own.tallies
+    assert pickle.loads(pickle.dumps(own.request_stats)) == own.request_stats
 
 
 # ---- samples ------------------------------------------------------------------------------------
@@ -105,9 +106,9 @@ def test_samples_are_bounded_and_numbers_are_not() -> None:
     own = opened()
     for _ in range(3 * SAMPLES):
         write(own, first_token_s=0.5, tokens=2)
-    [tally] = own.tallies.values()
-    assert (tally.requests, tally.chosen) == (3 * SAMPLES, 3 * SAMPLES)
-    kept = (tally.latency_s, tally.first_token_s, tally.tokens_per_s)
+    [stats] = own.request_stats.values()
+    assert (stats.requests, stats.chosen) == (3 * SAMPLES, 3 * SAMPLES)
+    kept = (stats.latency_s, stats.first_token_s, stats.tokens_per_s)
     assert [len(values) for values in kept] == [SAMPLES] * 3
 
 
@@ -116,7 +117,7 @@ def test_each_request_has_the_same_chance_to_be_in_a_sample(
     monkeypatch: pytest.MonkeyPatch, rated_every: int
 ) -> None:
     """Also where only some requests have such a value: the early and the late are as many."""
-    monkeypatch.setattr(ledger, "SAMPLES", 100)
+    monkeypatch.setattr(recorder, "SAMPLES", 100)
     requests, runs = 2_000, 30
     kept: list[float] = []
     for seed in range(runs):
@@ -126,9 +127,9 @@ def test_each_request_has_the_same_chance_to_be_in_a_sample(
             rated = number % rated_every == 0
             write(own, first_token_s=0.0, latency_s=1 / (number + 1), tokens=2 if rated else 1)
             write(own, failed=True)
-        [tally] = own.tallies.values()
-        assert len(tally.latency_s) == len(tally.tokens_per_s) == 100
-        kept += tally.tokens_per_s  # the number of the request, and 1
+        [stats] = own.request_stats.values()
+        assert len(stats.latency_s) == len(stats.tokens_per_s) == 100
+        kept += stats.tokens_per_s  # the number of the request, and 1
     late = sum(number > requests / 2 for number in kept) / len(kept)
     assert late == pytest.approx(0.5, abs=0.04)  # of 3,000: 4 standard deviations
     last_tenth = sum(number > 0.9 * requests for number in kept) / len(kept)
@@ -148,9 +149,9 @@ def test_the_sample_of_one_replica_is_enough_for_any_plan() -> None:
 
 
 def test_two_tallies_add_up_and_stay_as_they_are() -> None:
-    one = Tally(requests=3, errors=1, chosen=2, latency_s=[1.0, 2.0], first_token_s=[0.5])
-    other = Tally(requests=1, chosen=1, latency_s=[3.0], tokens_per_s=[7.0])
-    assert one + other == Tally(
+    one = RequestStats(requests=3, errors=1, chosen=2, latency_s=[1.0, 2.0], first_token_s=[0.5])
+    other = RequestStats(requests=1, chosen=1, latency_s=[3.0], tokens_per_s=[7.0])
+    assert one + other == RequestStats(
         requests=4,
         errors=1,
         chosen=3,

@@ -21,24 +21,24 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from serve_app.engine import sampler
 from serve_app.engine.sampler import Sampler, choose, uniform
-from serve_app.engine.sampling_params import Sampling, TokenLogprobs
+from serve_app.engine.sampling_params import SamplingParams, TokenLogprobs
 from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.conftest import new_slot
 
-GREEDY = Sampling(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 DRAWS = 8_000
 # chi-square, 7 degrees of freedom: one in a thousand fair samplers is above this
 CRITICAL = 24.3
 
 
 def draw_on_host(
-    scores: torch.Tensor, samplings: list[Sampling], uniforms: list[float]
+    scores: torch.Tensor, samplings: list[SamplingParams], uniforms: list[float]
 ) -> torch.Tensor:
     return choose(scores, samplings, uniforms)
 
 
 def draw_on_device(
-    scores: torch.Tensor, samplings: list[Sampling], uniforms: list[float]
+    scores: torch.Tensor, samplings: list[SamplingParams], uniforms: list[float]
 ) -> torch.Tensor:
     """What an accelerator runs, here."""
     return sampler._draw_on_device(
@@ -47,11 +47,11 @@ def draw_on_device(
 
 
 both = pytest.mark.parametrize("draw", [draw_on_host, draw_on_device])
-Draw = Callable[[torch.Tensor, list[Sampling], list[float]], torch.Tensor]
+Draw = Callable[[torch.Tensor, list[SamplingParams], list[float]], torch.Tensor]
 
 
 def seeded(count: int) -> list[float]:
-    return [uniform(Sampling(seed=1), position) for position in range(count)]
+    return [uniform(SamplingParams(seed=1), position) for position in range(count)]
 
 
 def grid(count: int) -> list[float]:
@@ -66,7 +66,7 @@ def chi_square(drawn: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def request(
-    name: str, sampling: Sampling | None, *, prompt: int = 3, has_new_token: bool = True
+    name: str, sampling: SamplingParams | None, *, prompt: int = 3, has_new_token: bool = True
 ) -> FutureRequestState:
     kwargs = {} if sampling is None else {"sampling": sampling}
     state = RequestState(name, list(range(prompt)), logit_processor_kwargs=kwargs)
@@ -100,7 +100,7 @@ def as_on_a_device(own: Sampler) -> Iterator[None]:
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 def test_rows_follow_the_softmax_of_the_scaled_logits(draw: Draw, temperature: float) -> None:
     logits = torch.randn(8, generator=torch.Generator().manual_seed(1))
-    sampling = Sampling(temperature=temperature)
+    sampling = SamplingParams(temperature=temperature)
     drawn = draw(logits.repeat(DRAWS, 1), [sampling] * DRAWS, seeded(DRAWS))
     assert chi_square(drawn, torch.softmax(logits / temperature, -1)) < CRITICAL
     assert chi_square(drawn, torch.softmax(logits / temperature / 1.4, -1)) > CRITICAL
@@ -110,21 +110,21 @@ def test_rows_follow_the_softmax_of_the_scaled_logits(draw: Draw, temperature: f
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(top_p=0.8),
-        Sampling(top_k=4),
-        Sampling(temperature=1.5, top_k=5, top_p=0.9),
-        Sampling(temperature=0.7, top_k=3, top_p=0.6),
+        SamplingParams(top_p=0.8),
+        SamplingParams(top_k=4),
+        SamplingParams(temperature=1.5, top_k=5, top_p=0.9),
+        SamplingParams(temperature=0.7, top_k=3, top_p=0.6),
     ],
 )
 def test_filtered_rows_follow_what_the_warpers_of_transformers_leave(
-    draw: Draw, sampling: Sampling
+    draw: Draw, sampling: SamplingParams
 ) -> None:
     logits = torch.randn(8, generator=torch.Generator().manual_seed(3))
     drawn = draw(logits.repeat(DRAWS, 1), [sampling] * DRAWS, seeded(DRAWS))
     assert chi_square(drawn, warped(logits, sampling)) < CRITICAL
 
 
-def warped(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def warped(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     """The distribution that transformers' own `generate` draws from."""
     scores = logits.unsqueeze(0) / sampling.temperature
     ids = torch.zeros((1, 1), dtype=torch.long)
@@ -145,7 +145,7 @@ def test_the_tokens_that_can_come_are_those_of_the_warpers(
     points = 1024
     for seed in range(3):
         logits = 2 * torch.randn(64, generator=torch.Generator().manual_seed(seed))
-        sampling = Sampling(temperature=1.3, top_k=top_k, top_p=top_p)
+        sampling = SamplingParams(temperature=1.3, top_k=top_k, top_p=top_p)
         expected = warped(logits, sampling)
         drawn = draw(logits.repeat(points, 1), [sampling] * points, grid(points))
         can_come = set(torch.nonzero(expected).flatten().tolist())
@@ -163,7 +163,7 @@ def test_a_large_vocabulary_keeps_exactly_what_the_warpers_keep(
         logits = spread * torch.randn(20_000, generator=torch.Generator().manual_seed(seed))
         probs = logits.softmax(-1)
         sampler._keep_likeliest(probs.numpy(), top_k=top_k, top_p=top_p)
-        kept, expected = probs > 0, warped(logits, Sampling(top_k=top_k, top_p=top_p)) > 0
+        kept, expected = probs > 0, warped(logits, SamplingParams(top_k=top_k, top_p=top_p)) > 0
         # a token at the edge may fall either way: the sums are rounded, in another order
         edge = kept != expected
         assert edge.sum() <= kept.sum() * 2e-4
@@ -181,16 +181,21 @@ def test_equals_at_the_edge_are_taken_in_the_order_of_the_vocabulary(draw: Draw)
         (1, 0.5): {2},
     }
     for (top_k, top_p), expected in samplings.items():
-        sampling = Sampling(top_k=top_k, top_p=top_p)
+        sampling = SamplingParams(top_k=top_k, top_p=top_p)
         assert set(draw(scores, [sampling] * 512, grid(512)).tolist()) == expected
     flat = torch.zeros(1, 6)
-    assert draw(flat, [Sampling(top_k=1)], [0.99]).tolist() == [0]
+    assert draw(flat, [SamplingParams(top_k=1)], [0.99]).tolist() == [0]
 
 
 @both
 def test_the_ends_of_the_interval_are_tokens_that_can_come(draw: Draw) -> None:
     scores = torch.tensor([[-math.inf, 0.0, 1.0, -math.inf]])
-    for sampling in (Sampling(), Sampling(top_p=0.99), Sampling(top_k=3), Sampling(top_k=1)):
+    for sampling in (
+        SamplingParams(),
+        SamplingParams(top_p=0.99),
+        SamplingParams(top_k=3),
+        SamplingParams(top_k=1),
+    ):
         for u in (0.0, 1 - 2**-24, 1 - 2**-40, 1.0):
             assert draw(scores, [sampling], [u])[0] in (1, 2)
 
@@ -200,14 +205,14 @@ def test_the_ends_of_the_interval_are_tokens_that_can_come(draw: Draw) -> None:
 def test_a_temperature_near_zero_is_as_good_as_greedy(draw: Draw, temperature: float) -> None:
     scores = torch.randn(50, 8, generator=torch.Generator().manual_seed(2)) * 1e4
     for top_p in (1.0, 0.9):
-        sampling = Sampling(temperature=temperature, top_p=top_p)
+        sampling = SamplingParams(temperature=temperature, top_p=top_p)
         assert torch.equal(draw(scores, [sampling] * 50, seeded(50)), scores.argmax(-1))
 
 
 @both
 def test_half_precision_scores_are_drawn_from_in_single_precision(draw: Draw) -> None:
     scores = torch.randn(200, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
-    samplings = [Sampling(top_p=0.9), Sampling()] * 100
+    samplings = [SamplingParams(top_p=0.9), SamplingParams()] * 100
     single = draw(scores.float(), samplings, seeded(200))
     assert torch.equal(draw(scores, samplings, seeded(200)), single)
 
@@ -218,7 +223,7 @@ def test_a_row_without_a_finite_best_score_takes_its_argmax_and_hurts_nobody(dra
     scores[1] = -math.inf
     scores[2, 5] = math.nan
     scores[3, 6] = math.inf
-    for sampling in (Sampling(), Sampling(top_p=0.5), Sampling(top_k=3)):
+    for sampling in (SamplingParams(), SamplingParams(top_p=0.5), SamplingParams(top_k=3)):
         drawn = draw(scores, [sampling] * 5, [0.7] * 5)
         assert drawn[1:4].tolist() == [0, 5, 6]
         alone = draw(scores[[0, 4]], [sampling] * 2, [0.7] * 2)
@@ -228,7 +233,7 @@ def test_a_row_without_a_finite_best_score_takes_its_argmax_and_hurts_nobody(dra
 def test_choosing_leaves_the_scores_as_they_are() -> None:
     scores = torch.randn(2, 8)
     kept = scores.clone()
-    choose(scores, [GREEDY, Sampling(top_p=0.5)], [0.1, 0.1])
+    choose(scores, [GREEDY, SamplingParams(top_p=0.5)], [0.1, 0.1])
     assert torch.equal(scores, kept)
 
 
@@ -236,11 +241,11 @@ def test_choosing_leaves_the_scores_as_they_are() -> None:
 
 
 def test_a_uniform_is_fixed_by_seed_and_position_and_by_nothing_else() -> None:
-    own = [uniform(Sampling(seed=5), position) for position in range(100)]
-    assert own == [uniform(Sampling(seed=5, temperature=0.1), place) for place in range(100)]
+    own = [uniform(SamplingParams(seed=5), position) for position in range(100)]
+    assert own == [uniform(SamplingParams(seed=5, temperature=0.1), place) for place in range(100)]
     assert len(set(own)) == 100
-    assert own != [uniform(Sampling(seed=6), position) for position in range(100)]
-    assert uniform(Sampling(), 1) != uniform(Sampling(), 1)
+    assert own != [uniform(SamplingParams(seed=6), position) for position in range(100)]
+    assert uniform(SamplingParams(), 1) != uniform(SamplingParams(), 1)
 
 
 def test_seeded_uniforms_are_below_one_in_single_precision_and_even() -> None:
@@ -251,15 +256,25 @@ def test_seeded_uniforms_are_below_one_in_single_precision_and_even() -> None:
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(seed=9), Sampling(seed=9, top_p=0.9), Sampling(seed=9, top_k=40, temperature=0.8)],
+    [
+        SamplingParams(seed=9),
+        SamplingParams(seed=9, top_p=0.9),
+        SamplingParams(seed=9, top_k=40, temperature=0.8),
+    ],
 )
-def test_a_seeded_row_gets_the_same_token_whatever_runs_beside_it(sampling: Sampling) -> None:
+def test_a_seeded_row_gets_the_same_token_whatever_runs_beside_it(sampling: SamplingParams) -> None:
     scores = 2 * torch.randn(10, 5000, generator=torch.Generator().manual_seed(6))
     alone = [
         int(step(Sampler(max_logprobs=0), [request("me", sampling)], row[None].clone()).argmax())
         for row in scores
     ]
-    others = [Sampling(), Sampling(top_p=0.5), GREEDY, Sampling(top_k=2000), Sampling(top_p=0.999)]
+    others = [
+        SamplingParams(),
+        SamplingParams(top_p=0.5),
+        GREEDY,
+        SamplingParams(top_k=2000),
+        SamplingParams(top_p=0.999),
+    ]
     for place, token in enumerate(alone):
         batch = [request(f"r{row}", others[row % 5]) for row in range(10)]
         batch[place] = request("me", sampling)
@@ -268,7 +283,7 @@ def test_a_seeded_row_gets_the_same_token_whatever_runs_beside_it(sampling: Samp
 
 
 def test_a_request_whose_state_is_made_again_goes_on_with_the_same_numbers() -> None:
-    before = request("me", Sampling(seed=3), prompt=4)
+    before = request("me", SamplingParams(seed=3), prompt=4)
     before.state.generated_tokens = [11, 12, 13]
     after = FutureRequestState(
         before.state.create_equivalent_initial_request(),
@@ -285,8 +300,8 @@ def test_a_request_whose_state_is_made_again_goes_on_with_the_same_numbers() -> 
 # forced tokens
 
 
-def forced(prompt: int, *tokens: int, **more: Any) -> Sampling:
-    return Sampling(forced=(prompt, tokens), **more)
+def forced(prompt: int, *tokens: int, **more: Any) -> SamplingParams:
+    return SamplingParams(forced=(prompt, tokens), **more)
 
 
 @pytest.mark.parametrize("device", [False, True])
@@ -296,7 +311,11 @@ def test_a_forced_token_comes_whatever_the_model_would_say_and_beside_it_nothing
 ) -> None:
     scores = 3 * torch.randn(5, 40, generator=torch.Generator().manual_seed(9))
     worst = int(scores[1].argmin())
-    others = [Sampling(seed=4, top_k=9, logprobs=2), GREEDY, Sampling(seed=5, logprobs=0)]
+    others = [
+        SamplingParams(seed=4, top_k=9, logprobs=2),
+        GREEDY,
+        SamplingParams(seed=5, logprobs=0),
+    ]
     batch = [
         request("drawn", others[0]),
         request("forced", forced(3, worst, temperature=temperature, top_p=0.1, logprobs=1)),
@@ -366,7 +385,7 @@ def test_the_place_of_a_forced_token_counts_the_prompt_and_survives_a_request_ma
             args = own.prepare_tensor_args([one], storage).view(torch.float32)
             assert (float(args[0, 0]), float(args[2, 0])) == (sampler._FORCED, want)
     assert [sampling.forced_at(at) for at in (4, 7)] == [11, 14]
-    assert Sampling().forced_at(4) is None
+    assert SamplingParams().forced_at(4) is None
 
 
 # the manager's side
@@ -375,12 +394,12 @@ def test_the_place_of_a_forced_token_counts_the_prompt_and_survives_a_request_ma
 def test_arguments_travel_as_the_bits_of_their_floats() -> None:
     own, storage = Sampler(max_logprobs=0), torch.full((4, 6), 7, dtype=torch.int32)
     batch = [
-        request("a", Sampling(temperature=0.7, top_p=0.9, top_k=50, seed=1), prompt=5),
-        request("still reading", Sampling(), has_new_token=False),
+        request("a", SamplingParams(temperature=0.7, top_p=0.9, top_k=50, seed=1), prompt=5),
+        request("still reading", SamplingParams(), has_new_token=False),
         request("greedy", None),
     ]
     args = own.prepare_tensor_args(batch, storage).view(torch.float32)
-    u = uniform(Sampling(seed=1), 5)
+    u = uniform(SamplingParams(seed=1), 5)
     assert torch.equal(args[:, 0], torch.tensor([0.7, 0.9, 50, u]))
     assert args[0, 1] == 0
     assert not args[:, 2:].any()
@@ -393,8 +412,8 @@ def test_a_batch_without_a_new_token_has_nothing_to_tell() -> None:
 
 def test_padding_rows_do_not_sample_as_an_earlier_batch_did() -> None:
     own, storage = Sampler(max_logprobs=0), torch.empty((4, 6), dtype=torch.int32)
-    own.prepare_tensor_args([request(f"r{row}", Sampling()) for row in range(4)], storage)
-    own.prepare_tensor_args([request("r0", Sampling())], storage)
+    own.prepare_tensor_args([request(f"r{row}", SamplingParams()) for row in range(4)], storage)
+    own.prepare_tensor_args([request("r0", SamplingParams())], storage)
     scores = torch.randn(4, 8)
     assert own(torch.zeros(4), scores.clone(), storage[:, :4])[1:].equal(scores[1:])
 
@@ -405,7 +424,7 @@ def test_greedy_rows_come_back_bit_by_bit_and_drawn_rows_with_their_token_on_top
 ) -> None:
     own = Sampler(max_logprobs=2)
     scores = torch.randn(4, 8, generator=torch.Generator().manual_seed(7))
-    samplings = [GREEDY, Sampling(seed=1), None, Sampling(seed=2, top_p=0.5)]
+    samplings = [GREEDY, SamplingParams(seed=1), None, SamplingParams(seed=2, top_p=0.5)]
     batch = [request(str(row), sampling) for row, sampling in enumerate(samplings)]
     if device:
         with as_on_a_device(own):
@@ -428,16 +447,17 @@ def test_a_batch_of_greedy_rows_is_the_same_tensor() -> None:
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"temperature": 1.0}, {"sampling": 1.0}, {"sampling": Sampling(), "top_p": 0.5}]
+    "kwargs",
+    [{"temperature": 1.0}, {"sampling": 1.0}, {"sampling": SamplingParams(), "top_p": 0.5}],
 )
 def test_a_request_with_anything_but_a_sampling_is_refused(kwargs: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match=r"sampling=Sampling\(\.\.\.\)"):
+    with pytest.raises(TypeError, match=r"sampling=SamplingParams\(\.\.\.\)"):
         Sampler(max_logprobs=0).check_kwargs(kwargs)
 
 
 def test_a_request_with_a_sampling_or_with_nothing_is_taken() -> None:
     Sampler(max_logprobs=0).check_kwargs({})
-    Sampler(max_logprobs=0).check_kwargs({"sampling": Sampling()})
+    Sampler(max_logprobs=0).check_kwargs({"sampling": SamplingParams()})
 
 
 # log-probabilities
@@ -448,10 +468,10 @@ def test_logprobs_are_those_of_the_raw_scores_for_whoever_asked(device: bool) ->
     own = Sampler(max_logprobs=5)
     scores = 3 * torch.randn(5, 40, generator=torch.Generator().manual_seed(8))
     batch = [
-        request("drawn", Sampling(temperature=2, top_k=9, seed=4, logprobs=3)),
-        request("silent", Sampling(seed=5)),
-        request("greedy", Sampling(temperature=0, logprobs=5)),
-        request("bare", Sampling(seed=6, logprobs=0)),
+        request("drawn", SamplingParams(temperature=2, top_k=9, seed=4, logprobs=3)),
+        request("silent", SamplingParams(seed=5)),
+        request("greedy", SamplingParams(temperature=0, logprobs=5)),
+        request("bare", SamplingParams(seed=6, logprobs=0)),
         request("greedy_silent", None),
     ]
     if device:
@@ -471,7 +491,7 @@ def test_logprobs_are_those_of_the_raw_scores_for_whoever_asked(device: bool) ->
 
 def test_no_more_alternatives_are_named_than_are_allowed() -> None:
     own = Sampler(max_logprobs=2)
-    step(own, [request("me", Sampling(logprobs=20))], torch.randn(1, 8))
+    step(own, [request("me", SamplingParams(logprobs=20))], torch.randn(1, 8))
     assert len(own.take()["me"].top) == 2
 
 
@@ -481,7 +501,7 @@ def test_logprobs_never_hold_what_json_cannot_say(device: bool) -> None:
     scores = torch.full((3, 4), -math.inf)
     scores[0, 2] = 1.0
     scores[2, 1] = math.nan
-    batch = [request(str(row), Sampling(logprobs=5)) for row in range(3)]
+    batch = [request(str(row), SamplingParams(logprobs=5)) for row in range(3)]
     if device:
         with as_on_a_device(own):
             step(own, batch, scores)
@@ -494,8 +514,8 @@ def test_logprobs_never_hold_what_json_cannot_say(device: bool) -> None:
 
 def test_a_step_that_nobody_took_from_is_forgotten_by_the_next() -> None:
     own = Sampler(max_logprobs=1)
-    step(own, [request("old", Sampling(logprobs=1))], torch.randn(1, 8))
-    step(own, [request("new", Sampling())], torch.randn(1, 8))
+    step(own, [request("old", SamplingParams(logprobs=1))], torch.randn(1, 8))
+    step(own, [request("new", SamplingParams())], torch.randn(1, 8))
     assert own.take() == {}
 
 
@@ -512,8 +532,13 @@ def test_a_graph_finds_the_report_where_it_was() -> None:
 
 
 def test_a_running_manager_repeats_a_seeded_answer_alone_and_in_company(world: TinyWorld) -> None:
-    prompt, seeded = [5, 6, 7, 8], Sampling(seed=1, temperature=1.5)
-    others = [Sampling(), None, Sampling(top_p=0.5), Sampling(top_k=3, logprobs=2)]
+    prompt, seeded = [5, 6, 7, 8], SamplingParams(seed=1, temperature=1.5)
+    others = [
+        SamplingParams(),
+        None,
+        SamplingParams(top_p=0.5),
+        SamplingParams(top_k=3, logprobs=2),
+    ]
     manager = new_slot(world).model.base_model.model.init_continuous_batching(
         generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
         continuous_batching_config=ContinuousBatchingConfig(
@@ -524,7 +549,7 @@ def test_a_running_manager_repeats_a_seeded_answer_alone_and_in_company(world: T
     manager.start()
     try:
 
-        def ask(name: str, sampling: Sampling | None) -> None:
+        def ask(name: str, sampling: SamplingParams | None) -> None:
             kwargs = {} if sampling is None else {"sampling": sampling}
             manager.add_request(prompt, request_id=name, max_new_tokens=12, **kwargs)
 
@@ -539,7 +564,7 @@ def test_a_running_manager_repeats_a_seeded_answer_alone_and_in_company(world: T
             ask(f"other{place}", sampling)
         ask("again", seeded)
         assert answer("again") == alone
-        ask("another seed", Sampling(seed=2, temperature=1.5))
+        ask("another seed", SamplingParams(seed=2, temperature=1.5))
         assert answer("another seed") != alone
     finally:
         manager.stop(block=True, timeout=10, hard_stop=True)
@@ -567,7 +592,7 @@ def test_the_manager_still_asks_the_list_what_the_sampler_answers() -> None:
 
 
 def test_a_request_state_has_what_the_sampler_reads() -> None:
-    state = RequestState("me", [1, 2], logit_processor_kwargs={"sampling": Sampling(seed=1)})
+    state = RequestState("me", [1, 2], logit_processor_kwargs={"sampling": SamplingParams(seed=1)})
     state.generated_tokens = [3]
     again = state.create_equivalent_initial_request()
     assert again.request_id == "me"

@@ -11,16 +11,17 @@ import pytest
 import torch
 from transformers import StoppingCriteria, T5Config, T5ForConditionalGeneration
 
-from serve_app.engine.engine import EngineStopped, GenerationFailed, Step
-from serve_app.engine.sampling_params import Sampling
+from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.seq2seq import Seq2SeqEngine
+from serve_app.engine.steps import GenerationOutput
 from serve_app.settings import Settings
+from serve_app.wire.errors import EngineStopped, GenerationFailed
 from tests.serve_app.batching import Models, Running, running, texts
 from tests.serve_app.fakes import until
 
 VOCABULARY = 64
 EOS = 22
-GREEDY = Sampling(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 LENGTHS = (3, 9, 1, 20, 6)
 
 
@@ -73,11 +74,11 @@ async def steps(
     engine: Seq2SeqEngine,
     ids: list[int],
     tokens: int = 12,
-    sampling: Sampling = GREEDY,
+    sampling: SamplingParams = GREEDY,
     *,
     stream: bool = False,
     pin: str | None = None,
-) -> list[Step]:
+) -> list[GenerationOutput]:
     async with (
         engine.admit(pin) as ticket,
         aclosing(
@@ -123,7 +124,7 @@ def test_greedy_answers_of_a_batch_are_those_of_a_plain_peft_model(
 def test_answers_of_two_revisions_at_once_are_each_exact(models: Models) -> None:
     with running(made(models), models) as started:
 
-        async def story() -> list[list[Step]]:
+        async def story() -> list[list[GenerationOutput]]:
             await started.swap("red")
             await started.engine.hold(started.staged("blue"))
             pins = [None, "blue", "red", "blue", None]
@@ -141,7 +142,7 @@ def test_answers_of_two_revisions_at_once_are_each_exact(models: Models) -> None
 
 def test_a_stream_grows_token_by_token(engine: Running[Seq2SeqEngine]) -> None:
     [ids] = texts(VOCABULARY, 9)
-    asked = steps(engine.engine, ids, 8, Sampling(seed=1), stream=True)
+    asked = steps(engine.engine, ids, 8, SamplingParams(seed=1), stream=True)
     [found] = engine(batch(engine.engine, asked))
     assert [len(step.token_ids) for step in found] == list(range(1, len(found) + 1))
     assert [step.finished for step in found] == [False] * (len(found) - 1) + [True]
@@ -151,9 +152,14 @@ def test_a_seed_draws_the_same_tokens_whatever_runs_beside_it(
     engine: Running[Seq2SeqEngine],
 ) -> None:
     [ids] = texts(VOCABULARY, 9)
-    seeded = Sampling(seed=7, temperature=20.0)
+    seeded = SamplingParams(seed=7, temperature=20.0)
     [alone] = engine(batch(engine.engine, steps(engine.engine, ids, 10, seeded)))
-    free = [Sampling(temperature=20.0), seeded, Sampling(seed=8, temperature=20.0), GREEDY]
+    free = [
+        SamplingParams(temperature=20.0),
+        seeded,
+        SamplingParams(seed=8, temperature=20.0),
+        GREEDY,
+    ]
     found = engine(batch(engine.engine, *(steps(engine.engine, ids, 10, one) for one in free)))
     tokens = [step.token_ids for [step] in found]
     assert tokens[1] == alone[0].token_ids
@@ -163,7 +169,7 @@ def test_a_seed_draws_the_same_tokens_whatever_runs_beside_it(
 def test_logprobs_are_the_models_own(engine: Running[Seq2SeqEngine], models: Models) -> None:
     engine(engine.swap("red"))
     [ids] = texts(VOCABULARY, 9)
-    asked = Sampling(temperature=0.0, logprobs=3)
+    asked = SamplingParams(temperature=0.0, logprobs=3)
     [[step]] = engine(batch(engine.engine, steps(engine.engine, ids, 5, asked)))
     assert len(step.logprobs) == len(step.token_ids)
     with torch.no_grad():
@@ -187,7 +193,7 @@ def test_whoever_leaves_a_stream_ends_its_row_and_no_other(
     async def leave() -> int:
         async with engine.engine.admit() as ticket:
             answer = ticket.generate(
-                prompts[0], max_tokens=1500, sampling=Sampling(seed=1), stream=True
+                prompts[0], max_tokens=1500, sampling=SamplingParams(seed=1), stream=True
             )
             async with aclosing(answer) as found:
                 async for step in found:
@@ -257,7 +263,7 @@ def test_stopping_ends_what_is_being_generated(models: Models) -> None:
 
             async def watch(ids: list[int]) -> None:
                 async with engine.admit() as ticket:
-                    sampling = Sampling(seed=3, temperature=0.0)
+                    sampling = SamplingParams(seed=3, temperature=0.0)
                     async with aclosing(
                         ticket.generate(ids, max_tokens=100_000, sampling=sampling, stream=True)
                     ) as found:

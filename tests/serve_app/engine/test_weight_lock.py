@@ -1,4 +1,4 @@
-"""Turns at the weights: one at a time, first come first served, always on the named revision."""
+"""WeightLock at the weights: one at a time, first come first served, always on the named revision."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from hotswap_lib import BASE, AdapterImage, Revision, Slot
 from hotswap_lib.errors import VerifyFailed
-from serve_app.engine.weight_lock import FairLock, Turns
+from serve_app.engine.weight_lock import FairLock, WeightLock
 from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.conftest import new_slot
 from tests.serve_app.fakes import NEVER_S
@@ -73,10 +73,10 @@ def test_whoever_comes_back_at_once_waits_behind_those_who_wait(
 
 
 def test_nobody_holds_the_lock_beside_another(threads: list[threading.Thread]) -> None:
-    lock, inside, most, turns = FairLock(), list[int](), list[int](), 300
+    lock, inside, most, weight_lock = FairLock(), list[int](), list[int](), 300
 
     def work() -> None:
-        for _ in range(turns):
+        for _ in range(weight_lock):
             with lock:
                 inside.append(1)
                 most.append(len(inside))
@@ -84,7 +84,7 @@ def test_nobody_holds_the_lock_beside_another(threads: list[threading.Thread]) -
 
     for _ in range(6):
         start(threads, work)
-    until(lambda: len(most) == 6 * turns)
+    until(lambda: len(most) == 6 * weight_lock)
     assert set(most) == {1}
     assert not lock._held
 
@@ -106,11 +106,11 @@ def slot(world: TinyWorld) -> Slot:
 
 
 @pytest.fixture
-def turns(slot: Slot, images: dict[str, AdapterImage]) -> Turns:
-    turns = Turns(slot)
+def weight_lock(slot: Slot, images: dict[str, AdapterImage]) -> WeightLock:
+    weight_lock = WeightLock(slot)
     for name in ("alpha", "beta"):
-        turns.add(slot.stage(images[name]))
-    return turns
+        weight_lock.add(slot.stage(images[name]))
+    return weight_lock
 
 
 @pytest.fixture
@@ -124,35 +124,35 @@ def beta(images: dict[str, AdapterImage]) -> Revision:
 
 
 def test_a_turn_has_its_revision_in_the_weights(
-    turns: Turns, alpha: Revision, beta: Revision
+    weight_lock: WeightLock, alpha: Revision, beta: Revision
 ) -> None:
     for revision in (alpha, beta, BASE, beta):
-        with turns.on(revision):
-            assert turns.slot.revision == revision
-            turns.slot.verify()
+        with weight_lock.on(revision):
+            assert weight_lock.slot.revision == revision
+            weight_lock.slot.verify()
 
 
 def test_only_a_turn_on_another_revision_writes_the_weights(
-    turns: Turns, alpha: Revision, beta: Revision
+    weight_lock: WeightLock, alpha: Revision, beta: Revision
 ) -> None:
     counts = []
     for revision in (BASE, alpha, alpha, beta, beta, alpha):
-        with turns.on(revision):
-            counts.append(turns.commits)
+        with weight_lock.on(revision):
+            counts.append(weight_lock.commits)
     assert counts == [0, 1, 1, 2, 2, 3]
 
 
 def test_turns_of_many_threads_never_see_each_others_weights(
-    turns: Turns, alpha: Revision, beta: Revision, threads: list[threading.Thread]
+    weight_lock: WeightLock, alpha: Revision, beta: Revision, threads: list[threading.Thread]
 ) -> None:
     wrong, done = list[Revision](), list[int]()
 
     def work(revision: Revision) -> None:
         for _ in range(20):
-            with turns.on(revision):
-                if turns.slot.revision != revision:
+            with weight_lock.on(revision):
+                if weight_lock.slot.revision != revision:
                     wrong.append(revision)
-                turns.slot.verify()
+                weight_lock.slot.verify()
         done.append(1)
 
     for revision in (alpha, beta, BASE):
@@ -162,53 +162,55 @@ def test_turns_of_many_threads_never_see_each_others_weights(
 
 
 def test_nobody_gets_a_turn_on_a_revision_that_was_dropped(
-    turns: Turns, alpha: Revision, beta: Revision
+    weight_lock: WeightLock, alpha: Revision, beta: Revision
 ) -> None:
-    turns.drop(alpha)
-    turns.drop(alpha)
-    with pytest.raises(KeyError), turns.on(alpha):
+    weight_lock.drop(alpha)
+    weight_lock.drop(alpha)
+    with pytest.raises(KeyError), weight_lock.on(alpha):
         pass
-    with turns.on(beta):
-        assert turns.slot.revision == beta
+    with weight_lock.on(beta):
+        assert weight_lock.slot.revision == beta
 
 
-def test_a_proof_leaves_its_revision_in_the_weights(turns: Turns, alpha: Revision) -> None:
-    receipt, verify_s = turns.prove(alpha)
+def test_a_proof_leaves_its_revision_in_the_weights(
+    weight_lock: WeightLock, alpha: Revision
+) -> None:
+    receipt, verify_s = weight_lock.commit_and_verify(alpha)
     assert (receipt.revision, receipt.previous, verify_s > 0) == (alpha, BASE, True)
-    assert turns.slot.revision == alpha
+    assert weight_lock.slot.revision == alpha
 
 
 @pytest.mark.parametrize("dropped", [False, True])
 def test_a_proof_that_fails_leaves_what_was_in_the_weights_before(
-    turns: Turns,
+    weight_lock: WeightLock,
     alpha: Revision,
     beta: Revision,
     monkeypatch: pytest.MonkeyPatch,
     dropped: bool,
 ) -> None:
-    with turns.on(alpha):
+    with weight_lock.on(alpha):
         pass
     if dropped:  # the last turn was somebody's who is gone
-        turns.drop(alpha)
+        weight_lock.drop(alpha)
 
     def fails() -> None:
-        raise VerifyFailed(str(turns.slot.revision), "a tensor", "it differs")
+        raise VerifyFailed(str(weight_lock.slot.revision), "a tensor", "it differs")
 
     with monkeypatch.context() as patch:
-        patch.setattr(turns.slot, "verify", fails)
+        patch.setattr(weight_lock.slot, "verify", fails)
         with pytest.raises(VerifyFailed, match="beta"):
-            turns.prove(beta)
-    assert turns.slot.revision == alpha
-    turns.slot.verify()
-    with turns.on(beta):
-        assert turns.slot.revision == beta
+            weight_lock.commit_and_verify(beta)
+    assert weight_lock.slot.revision == alpha
+    weight_lock.slot.verify()
+    with weight_lock.on(beta):
+        assert weight_lock.slot.revision == beta
 
 
 def test_a_proof_waits_for_the_turn_that_runs(
-    turns: Turns, alpha: Revision, beta: Revision, threads: list[threading.Thread]
+    weight_lock: WeightLock, alpha: Revision, beta: Revision, threads: list[threading.Thread]
 ) -> None:
-    with turns.on(alpha):
-        start(threads, lambda: turns.prove(beta))
-        until(lambda: len(turns._lock._waiting) == 1)
-        assert turns.slot.revision == alpha
-    until(lambda: turns.slot.revision == beta)
+    with weight_lock.on(alpha):
+        start(threads, lambda: weight_lock.commit_and_verify(beta))
+        until(lambda: len(weight_lock._lock._waiting) == 1)
+        assert weight_lock.slot.revision == alpha
+    until(lambda: weight_lock.slot.revision == beta)

@@ -13,32 +13,29 @@ from starlette.exceptions import HTTPException
 
 import hotswap_lib
 from hotswap_lib import AdapterNotFound, AdapterRefused, ImageCorrupted, RankOverEnvelope
-from serve_app.controller.images import RevisionLost
-from serve_app.controller.journal import Fenced
-from serve_app.controller.loaded_adapters import (
+from serve_app.gateway.http_errors import describe, respond
+from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
+from serve_app.wire.errors import (
     AdapterAlreadyLoaded,
     AdapterLoadFailed,
     AdapterLoadTimeout,
     AdapterNotLoaded,
-)
-from serve_app.engine.engine import (
     DeadlineExceeded,
     EngineStopped,
-    GenerationFailed,
-    RevisionNotServed,
-)
-from serve_app.engine.lanes import LanesTaken
-from serve_app.gateway.http_errors import NotAuthorized, describe, respond
-from serve_app.gateway.readiness import NobodyServes
-from serve_app.openai.requests import RequestRefused
-from serve_app.probes import ProbeInvalid
-from serve_app.rollout.state import GenerationMismatch, IllegalEvent
-from serve_app.wire.errors import (
+    Fenced,
     FleetNotReady,
+    GenerationFailed,
+    InvalidRequest,
     KeyReused,
-    NoSuchRollout,
+    LanesTaken,
+    NoReplicaReady,
+    NotAuthorized,
     NothingToUndo,
     PlanImpossible,
+    ProbeInvalid,
+    RevisionLost,
+    RevisionNotServed,
+    RolloutNotFound,
 )
 
 
@@ -50,8 +47,8 @@ ROWS: list[tuple[Exception, int, str]] = [
     (AdapterNotFound("x", None, "gone"), 400, "adapter_not_found"),
     (RankOverEnvelope("x", "t", "rank 32 is over 8"), 400, "rank_over_envelope"),
     (NotAuthorized(), 401, "not_authorized"),
-    (RequestRefused(404, "model_not_found", "not here", "model"), 404, "model_not_found"),
-    (NoSuchRollout("rollout-9"), 404, "rollout_not_found"),
+    (InvalidRequest(404, "model_not_found", "not here", "model"), 404, "model_not_found"),
+    (RolloutNotFound("rollout-9"), 404, "rollout_not_found"),
     (NothingToUndo(), 409, "nothing_to_undo"),
     (IllegalEvent("a rollout", "no"), 409, "illegal_event"),
     (GenerationFailed("no"), 500, "generation_failed"),
@@ -68,7 +65,7 @@ ROWS: list[tuple[Exception, int, str]] = [
     (LanesTaken("x@1", 2), 429, "lanes_taken"),
     (AdapterLoadFailed("x@1", "no"), 500, "adapter_load_failed"),
     (FleetNotReady(), 503, "fleet_not_ready"),
-    (NobodyServes(), 503, "not_ready"),
+    (NoReplicaReady(), 503, "not_ready"),
     (AdapterLoadTimeout("x@1", ("r1",), 1.0), 504, "adapter_load_timeout"),
     (DeadlineExceeded(1.0), 504, "deadline_exceeded"),
     (EngineStopped(), 503, "engine_stopped"),
@@ -135,7 +132,7 @@ def test_what_went_wrong_inside_is_not_told_to_strangers() -> None:
 def test_a_refused_parameter_is_named() -> None:
     _, detail = describe(invalid("missing", "messages", 0, "role"))
     assert (detail.param, detail.message) == ("messages.0.role", "messages.0.role: field required")
-    _, detail = describe(RequestRefused(404, "model_not_found", "not here", "model"))
+    _, detail = describe(InvalidRequest(404, "model_not_found", "not here", "model"))
     assert detail.param == "model"
 
 
@@ -154,14 +151,14 @@ def test_a_refused_parameter_is_named() -> None:
     ids=ascii,
 )
 def test_a_message_is_one_line_that_can_be_sent(message: str, sent: str) -> None:
-    _, detail = describe(RequestRefused(400, "x", message, param="\udfff" * 5))
+    _, detail = describe(InvalidRequest(400, "x", message, param="\udfff" * 5))
     assert (detail.message, detail.param) == (sent, "?????")
 
 
 def test_what_may_be_asked_again_says_when() -> None:
-    assert respond(NobodyServes()).headers["retry-after"] == "1"
+    assert respond(NoReplicaReady()).headers["retry-after"] == "1"
     assert respond(LanesTaken("x@1", 2)).headers["retry-after"] == "1"
-    assert "retry-after" not in respond(NoSuchRollout("x")).headers
+    assert "retry-after" not in respond(RolloutNotFound("x")).headers
     assert respond(NotAuthorized()).headers["www-authenticate"] == "Bearer"
 
 

@@ -20,15 +20,15 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from hotswap_lib import Revision
 from serve_app.gateway import router
-from serve_app.gateway.router import RevisionRouter, asked, stats
+from serve_app.gateway.router import RevisionRouter, asked
 from serve_app.openai.requests import ChatRequest, CompletionRequest
 from serve_app.rollout.state import Traffic
-from serve_app.rollout.traffic_split import place_of
-from serve_app.wire.reports import key
+from serve_app.rollout.traffic_split import session_position
+from serve_app.wire.routing_stats import newest_traffic, routing_stats
 
-ALPHA = key(Revision("alpha", "1234abcd" * 8))
-BETA = key(Revision("beta", "5678abcd" * 8))
-GAMMA = key(Revision("gamma", "9abc1234" * 8))
+ALPHA = Revision("alpha", "1234abcd" * 8).key
+BETA = Revision("beta", "5678abcd" * 8).key
+GAMMA = Revision("gamma", "9abc1234" * 8).key
 SERVED = "tiny"
 
 
@@ -41,11 +41,13 @@ class Replica:
 
 
 def replica(name: str, *serves: str, decision: int = 1, traffic: Traffic | None = None) -> Replica:
-    return Replica(name, stats(epoch=1, generation=decision, serves=serves, traffic=traffic))
+    return Replica(
+        name, routing_stats(epoch=1, generation=decision, serves=serves, traffic=traffic)
+    )
 
 
 def traffic(weight: float, placement: Any = "dedicated") -> Traffic:
-    return Traffic(canary=BETA, weight=weight, placement=placement, trial="r1.1.1")
+    return Traffic(canary=BETA, weight=weight, placement=placement, step_id="r1.1.1")
 
 
 def pending(*args: Any, id: str = "one", **kwargs: Any) -> PendingRequest:
@@ -198,7 +200,7 @@ def test_the_sessions_of_a_dedicated_canary_are_those_that_a_replica_would_choos
 ) -> None:
     fleet = split_fleet(traffic(30))
     for session in (f"user {i}" for i in range(100)):
-        want = ["b"] if place_of(session, BETA) < 0.3 else ["a1", "a2"]
+        want = ["b"] if session_position(session, BETA) < 0.3 else ["a1", "a2"]
         assert routed.choose(fleet, chat(), None, session) == want
         assert routed.choose(fleet, chat(user=session)) == want
 
@@ -237,8 +239,8 @@ def test_the_newest_decision_is_the_one_that_counts(routed: Routed) -> None:
     assert routed.all(fleet((3, 0), (2, 100)), chat()) == {"a"}
     assert routed.all(fleet((3, None), (2, 100)), chat()) == {"a", "b"}
     newer_epoch = [
-        Replica("a", stats(epoch=2, generation=1, serves=[ALPHA], traffic=traffic(0))),
-        Replica("b", stats(epoch=1, generation=9, serves=[BETA], traffic=traffic(100))),
+        Replica("a", routing_stats(epoch=2, generation=1, serves=[ALPHA], traffic=traffic(0))),
+        Replica("b", routing_stats(epoch=1, generation=9, serves=[BETA], traffic=traffic(100))),
     ]
     assert routed.all(newer_epoch, chat()) == {"a"}
 
@@ -297,10 +299,10 @@ def test_a_request_waits_longer_each_time_that_all_its_replicas_are_full(routed:
 
 @pytest.mark.parametrize("now", [None, traffic(12.5), traffic(5, "shared")])
 def test_what_a_replica_says_is_plain_data_and_is_read_as_it_was_meant(now: Traffic | None) -> None:
-    said = stats(epoch=3, generation=4, serves=[ALPHA, BETA], traffic=now)
+    said = routing_stats(epoch=3, generation=4, serves=[ALPHA, BETA], traffic=now)
     assert {type(value) for value in said.values()} <= {list, dict, type(None)}
     assert (said["decision"], said["serves"]) == ([3, 4], [ALPHA, BETA])
-    assert router._newest([Replica("a", said)]) == now
+    assert newest_traffic([Replica("a", said)]) == now
 
 
 # ---- what Ray has, and did not promise ----------------------------------------------------------

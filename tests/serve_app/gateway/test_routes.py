@@ -17,17 +17,8 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import _DeploymentResponseBase
 
 from hotswap_lib import AdapterNotFound
-from serve_app.controller.journal import Fenced
-from serve_app.controller.loaded_adapters import AdapterAlreadyLoaded, AdapterNotLoaded
-from serve_app.engine.engine import (
-    DeadlineExceeded,
-    EngineStopped,
-    GenerationFailed,
-    RevisionNotServed,
-)
-from serve_app.engine.lanes import LanesTaken
 from serve_app.gateway.json_body import MOST_NAMES
-from serve_app.gateway.readiness import Presence
+from serve_app.gateway.readiness import Readiness
 from serve_app.gateway.routes import Gateway
 from serve_app.openai import response_schemas as documents
 from serve_app.openai.requests import (
@@ -35,7 +26,6 @@ from serve_app.openai.requests import (
     ClassifyRequest,
     CompletionRequest,
     EmbeddingRequest,
-    RequestRefused,
 )
 from serve_app.openai.responses import (
     NamedToken,
@@ -45,9 +35,8 @@ from serve_app.openai.responses import (
     classification_document,
     embedding_document,
 )
-from serve_app.probes import ProbeInvalid
+from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
 from serve_app.rollout.plan import Plan
-from serve_app.rollout.state import GenerationMismatch, IllegalEvent
 from serve_app.settings import Settings
 from serve_app.wire.admin import (
     AdapterList,
@@ -59,11 +48,21 @@ from serve_app.wire.admin import (
     RolloutView,
 )
 from serve_app.wire.errors import (
+    AdapterAlreadyLoaded,
+    AdapterNotLoaded,
+    DeadlineExceeded,
+    EngineStopped,
+    Fenced,
     FleetNotReady,
+    GenerationFailed,
+    InvalidRequest,
     KeyReused,
-    NoSuchRollout,
+    LanesTaken,
     NothingToUndo,
     PlanImpossible,
+    ProbeInvalid,
+    RevisionNotServed,
+    RolloutNotFound,
 )
 
 REVISION = "pirate@11111111"
@@ -239,9 +238,9 @@ class Door:
     ) -> None:
         self.model, self.controller = model or FakeModel(), controller or FakeController()
         both: Any = (self.model, self.controller)
-        presence = Presence(both[1], patience_s=0.01, look_s=0.01)
+        readiness = Readiness(both[1], patience_s=0.01, look_s=0.01)
         self.app = Gateway(
-            Settings(served_model_name="tiny", **settings), *both, presence=presence
+            Settings(served_model_name="tiny", **settings), *both, readiness=readiness
         ).app()
 
     def __call__(self, method: str, path: str, **request: Any) -> httpx.Response:
@@ -340,7 +339,7 @@ def test_a_stream_that_breaks_says_why_where_the_client_can_do_something(
 
 
 def test_a_stream_that_is_refused_before_its_first_chunk_has_the_status_of_the_refusal() -> None:
-    model = FakeModel(RequestRefused(400, "context_length_exceeded", "too long"))
+    model = FakeModel(InvalidRequest(400, "context_length_exceeded", "too long"))
     response = Door(model)("POST", "/v1/completions", json=TEXT | {"stream": True})
     assert (response.status_code, code_of(response)) == (400, "context_length_exceeded")
 
@@ -692,7 +691,7 @@ def test_a_stream_whose_replica_died_after_its_first_chunk_is_not_begun_again() 
         GenerationFailed("no"),
         DeadlineExceeded(3.0),
         RevisionNotServed("x", (REVISION,)),
-        RequestRefused(400, "context_length_exceeded", "too long"),
+        InvalidRequest(400, "context_length_exceeded", "too long"),
         BackPressureError(num_queued_requests=1, max_queued_requests=1),
     ],
     ids=lambda fault: type(fault).__name__,
@@ -748,7 +747,7 @@ def test_a_wrong_method_is_told_all_the_right_ones() -> None:
     ("fault", "status", "code"),
     [
         (
-            RequestRefused(400, "context_length_exceeded", "too long"),
+            InvalidRequest(400, "context_length_exceeded", "too long"),
             400,
             "context_length_exceeded",
         ),
@@ -909,7 +908,7 @@ def test_a_plan_with_an_unknown_field_never_reaches_the_controller() -> None:
     ("fault", "status", "code"),
     [
         (AdapterNotFound("x", None, "gone"), 400, "adapter_not_found"),
-        (NoSuchRollout("rollout-1"), 404, "rollout_not_found"),
+        (RolloutNotFound("rollout-1"), 404, "rollout_not_found"),
         (NothingToUndo(), 409, "nothing_to_undo"),
         (IllegalEvent("a rollout", "no"), 409, "illegal_event"),
         (GenerationMismatch(3, 4), 409, "generation_mismatch"),

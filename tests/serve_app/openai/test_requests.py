@@ -14,15 +14,14 @@ from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel, ValidationError
 
-from serve_app.engine.sampling_params import Sampling
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.openai.model_name import find_pin
 from serve_app.openai.requests import (
     MAX_INPUTS,
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
     EmbeddingRequest,
-    RequestRefused,
-    find_pin,
 )
 from serve_app.openai.responses import (
     NamedToken,
@@ -32,6 +31,8 @@ from serve_app.openai.responses import (
     classification_document,
     embedding_document,
 )
+from serve_app.replica.serving_generate import sampling_params
+from serve_app.wire.errors import InvalidRequest
 
 HELLO = [{"role": "user", "content": "hello"}]
 REVISION = "pirate@1234abcd"
@@ -93,14 +94,16 @@ def test_every_parameter_of_a_chat_is_read() -> None:
         safety_identifier="x",
         prompt_cache_key="y",
     )
-    assert request.sampling == Sampling(temperature=0.5, top_p=0.9, top_k=40, seed=-3, logprobs=7)
+    assert sampling_params(request) == SamplingParams(
+        temperature=0.5, top_p=0.9, top_k=40, seed=-3, logprobs=7
+    )
     assert (request.stop, request.n, request.include_usage) == (["a", "b"], 2, True)
     assert pickle.loads(pickle.dumps(request)) == request
 
 
 def test_what_is_left_away_is_openais_default() -> None:
     for request in (chat(), text()):
-        assert request.sampling == Sampling()
+        assert sampling_params(request) == SamplingParams()
         assert (request.stop, request.n, request.stream, request.wanted_tokens) == (
             [],
             1,
@@ -232,7 +235,7 @@ def test_a_refusal_names_the_place(more: dict[str, Any], kind: str, where: str |
 
 
 def test_minus_one_is_all_tokens_for_top_k() -> None:
-    assert chat(top_k=-1).sampling.top_k == 0
+    assert sampling_params(chat(top_k=-1)).top_k == 0
 
 
 def test_one_stop_string_needs_no_list() -> None:
@@ -351,13 +354,13 @@ def test_a_pin_beside_the_model_counts_as_well() -> None:
 
 @pytest.mark.parametrize("model", ["tiny:other", "other", "tiny:"])
 def test_two_pins_that_are_not_the_same_are_refused(model: str) -> None:
-    with pytest.raises(RequestRefused) as caught:
+    with pytest.raises(InvalidRequest) as caught:
         find_pin(model, "pirate", served="tiny")
     assert (caught.value.status, caught.value.code) == (400, "conflicting_revisions")
 
 
 def test_a_refusal_survives_pickle() -> None:
-    error = pickle.loads(pickle.dumps(RequestRefused(404, "model_not_found", "no", "model")))
+    error = pickle.loads(pickle.dumps(InvalidRequest(404, "model_not_found", "no", "model")))
     assert (error.status, error.code, str(error), error.param) == (
         404,
         "model_not_found",

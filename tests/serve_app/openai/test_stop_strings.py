@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.openai.stop_strings import Stops
+from serve_app.openai.stop_strings import StopStrings
 
 FEW = st.text(alphabet="ab", max_size=30)  # so that stop strings do occur
 
 
 def through(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
-    gate = Stops(stops)
+    gate = StopStrings(stops)
     text = "".join(gate.feed(piece) for piece in pieces)
     return text + gate.rest(), gate.found
 
@@ -34,7 +34,7 @@ def test_it_does_not_matter_how_a_text_is_cut(pieces: list[str], stops: list[str
 
 @given(pieces=st.lists(FEW), stop=st.text(alphabet="ab", min_size=1, max_size=6))
 def test_no_more_is_held_back_than_the_start_of_a_stop_string(pieces: list[str], stop: str) -> None:
-    gate = Stops([stop])
+    gate = StopStrings([stop])
     seen = said = ""
     for piece in pieces:
         seen, said = seen + piece, said + gate.feed(piece)
@@ -45,7 +45,7 @@ def test_no_more_is_held_back_than_the_start_of_a_stop_string(pieces: list[str],
 
 
 def test_nothing_follows_a_stop_string() -> None:
-    gate = Stops(["END"])
+    gate = StopStrings(["END"])
     assert gate.feed("one END two") == "one "
     assert (gate.feed("three"), gate.rest(), gate.found) == ("", "", True)
 
@@ -67,5 +67,5 @@ def test_a_text_ends_before_the_string_that_is_complete_first(stops: list[str], 
 
 def test_a_long_text_that_nearly_stops_all_the_time_costs_a_look_at_each_character() -> None:
     text, stop = "a" * 200_000, "a" * 1000 + "b"
-    gate = Stops([stop])
+    gate = StopStrings([stop])
     assert gate.feed(text) + gate.rest() == text

@@ -11,13 +11,13 @@ import pytest
 from ray.exceptions import ObjectLostError
 
 from hotswap_lib import BASE, AdapterImage, Layout
-from serve_app.controller.images import RevisionLost
 from serve_app.engine.admission import DrainTimeout
-from serve_app.replica.control_loop import ControlLane
+from serve_app.replica.control_loop import ControlLoop
 from serve_app.rollout.plan import InFlight
 from serve_app.rollout.state import Desired
 from serve_app.wire.admin import StartView
-from serve_app.wire.reports import Answer, Report, key
+from serve_app.wire.errors import RevisionLost
+from serve_app.wire.reports import Answer, Report
 from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.conftest import new_slot
 from tests.serve_app.fakes import FakeEngine, FakeRef, settled, until
@@ -26,7 +26,7 @@ START = StartView(load_s=1.5, warm_up_s=2.5, compiled_regions=3, compile_cache="
 
 
 class ScriptedController:
-    """Answers a report with what was said last, and holds it open when that was heard already."""
+    """GenerationServing a report with what was said last, and holds it open when that was heard already."""
 
     def __init__(self) -> None:
         self.reports: list[Report] = []
@@ -68,10 +68,10 @@ class Stage:
         self.engine = FakeEngine(new_slot(world))
         self.controller = ScriptedController()
         engine: Any = self.engine
-        self.lane = ControlLane(engine, self.controller, replica="r1", start=START, patience_s=0.2)
+        self.lane = ControlLoop(engine, self.controller, replica="r1", start=START, patience_s=0.2)
 
     def key(self, name: str) -> str:
-        return key(BASE) if name == "base" else key(self.images[name].revision)
+        return BASE.key if name == "base" else self.images[name].revision.key
 
     def want(
         self,
@@ -80,7 +80,7 @@ class Stage:
         *,
         generation: int,
         epoch: int = 1,
-        beside: tuple[str, ...] = (),
+        also_serves: tuple[str, ...] = (),
         in_flight: InFlight = "drain",
         **images: Any,
     ) -> Desired:
@@ -90,11 +90,11 @@ class Stage:
             generation=generation,
             hold=self.key(hold),
             stage=None if stage is None else self.key(stage),
-            beside=tuple(map(self.key, beside)),
+            also_serves=tuple(map(self.key, also_serves)),
             in_flight=in_flight,
         )
         answer = Answer(desired=desired)
-        for name in {hold, stage, *beside} - {None, "base"}:
+        for name in {hold, stage, *also_serves} - {None, "base"}:
             assert name is not None
             given = images.get(name, FakeRef(self.images[name]))
             if isinstance(given, RevisionLost):
@@ -109,13 +109,13 @@ class Stage:
 
     async def until_holding(self, name: str) -> None:
         await until(
-            lambda: self.reported(lambda r: key(r.holds) == self.key(name) and r.serving),
+            lambda: self.reported(lambda r: r.holds.key == self.key(name) and r.serving),
             f"it never served {name}",
         )
 
     async def until_beside(self, *names: str) -> None:
         await until(
-            lambda: self.reported(lambda r: {one.name for one in r.beside} == set(names)),
+            lambda: self.reported(lambda r: {one.name for one in r.also_serves} == set(names)),
             f"it never served {names} beside its default",
         )
 
@@ -174,7 +174,7 @@ def test_a_replica_is_ready_once_its_first_revision_is_live(stage: Open) -> None
             assert not one.engine.admission.is_open
             one.want("alpha", generation=3)
             await one.lane.ready
-            assert key(one.engine.default) == one.key("alpha")
+            assert one.engine.default.key == one.key("alpha")
             assert one.engine.admission.is_open
             await one.until_holding("alpha")
 
@@ -212,7 +212,7 @@ def test_the_target_is_staged_beside_what_is_served_and_committed_only_when_told
             await one.until_holding("alpha")
             one.want("alpha", "beta", generation=2)
             await until(lambda: one.controller.last.staged is not None)
-            assert key(one.controller.last.staged) == one.key("beta")
+            assert one.controller.last.staged.key == one.key("beta")
             assert one.controller.last.serving
             assert one.engine.swaps[-1].startswith("alpha@")
             one.want("beta", "beta", generation=3, beta=never())  # no need to fetch it again
@@ -311,7 +311,7 @@ def test_a_swap_that_fails_is_told_once_with_its_generation_and_the_old_one_serv
             failure = one.controller.last.failure
             assert (failure.revision, failure.generation) == (one.key("beta"), 7)
             assert failure.reason == "2 requests were still running after 0.5 s of drain"
-            assert key(one.controller.last.holds) == one.key("alpha")
+            assert one.controller.last.holds.key == one.key("alpha")
             assert one.engine.admission.is_open
             told = len(one.controller.reports)
             await settled()
@@ -459,14 +459,14 @@ def test_a_replica_that_closes_says_goodbye_and_leaves_no_task(stage: Open) -> N
 def test_what_shall_be_served_beside_is_and_what_shall_not_is_dropped(stage: Open) -> None:
     async def story() -> None:
         async with stage() as one:
-            one.want("alpha", generation=1, beside=("beta", "gamma"))
+            one.want("alpha", generation=1, also_serves=("beta", "gamma"))
             await one.until_beside("beta", "gamma")
             assert one.controller.last.serving
-            assert key(one.controller.last.holds) == one.key("alpha")
+            assert one.controller.last.holds.key == one.key("alpha")
             assert {lane.revision for lane in one.controller.last.lanes} == {
                 str(revision) for revision in one.controller.last.serves
             }
-            one.want("alpha", generation=2, beside=("gamma",))
+            one.want("alpha", generation=2, also_serves=("gamma",))
             await one.until_beside("gamma")
             one.want("alpha", generation=3)
             await one.until_beside()
@@ -480,7 +480,7 @@ def test_a_replica_is_ready_when_those_beside_have_been_tried_and_serves_before(
     async def story() -> None:
         async with stage() as one:
             late = never()
-            one.want("alpha", generation=1, beside=("beta", "gamma"), beta=late)
+            one.want("alpha", generation=1, also_serves=("beta", "gamma"), beta=late)
             await one.until_holding("alpha")
             assert not one.lane.ready.done()
             late.set_result(one.images["beta"])
@@ -494,7 +494,7 @@ def test_one_that_cannot_be_served_beside_is_told_and_disturbs_nobody(stage: Ope
     async def story() -> None:
         async with stage() as one:
             one.engine.holding_fails["beta"] = RuntimeError("CUDA out of memory")
-            one.want("alpha", generation=4, beside=("beta", "gamma"))
+            one.want("alpha", generation=4, also_serves=("beta", "gamma"))
             await one.lane.ready
             await one.until_refused("beta")
             [refused] = one.controller.last.refused
@@ -510,7 +510,7 @@ def test_an_image_beside_that_does_not_come_keeps_nothing_else_waiting(stage: Op
     async def story() -> None:
         async with stage() as one:
             stuck = never()
-            one.want("alpha", "beta", generation=1, beside=("gamma",), gamma=stuck)
+            one.want("alpha", "beta", generation=1, also_serves=("gamma",), gamma=stuck)
             await one.until_refused("gamma")
             [refused] = one.controller.last.refused
             assert refused.reason == "its image did not come within 0.2 s"
@@ -527,10 +527,12 @@ def test_one_whose_image_is_not_to_be_had_is_tried_again_with_the_next_document(
     async def story() -> None:
         async with stage() as one:
             gone = why if isinstance(why, Exception) else why()
-            one.want("alpha", generation=1, beside=("beta",), beta=gone)
+            one.want("alpha", generation=1, also_serves=("beta",), beta=gone)
             await one.until_refused("beta")
             assert one.controller.last.acting_on is not None, "the default goes on"
-            one.want("alpha", generation=1, beside=("beta",))  # the controller says it once more
+            one.want(
+                "alpha", generation=1, also_serves=("beta",)
+            )  # the controller says it once more
             await one.until_beside("beta")
             await until(lambda: one.controller.last.refused == ())
 
@@ -540,7 +542,9 @@ def test_one_whose_image_is_not_to_be_had_is_tried_again_with_the_next_document(
 def test_what_is_wanted_no_more_is_no_failure_any_more(stage: Open) -> None:
     async def story() -> None:
         async with stage() as one:
-            one.want("alpha", generation=1, beside=("beta",), beta=RevisionLost("beta@1", "/x"))
+            one.want(
+                "alpha", generation=1, also_serves=("beta",), beta=RevisionLost("beta@1", "/x")
+            )
             await one.until_refused("beta")
             one.want("alpha", generation=2)
             await until(lambda: one.controller.last.refused == ())
@@ -551,11 +555,11 @@ def test_what_is_wanted_no_more_is_no_failure_any_more(stage: Open) -> None:
 def test_one_that_becomes_the_default_and_goes_back_is_served_all_the_time(stage: Open) -> None:
     async def story() -> None:
         async with stage() as one:
-            one.want("base", generation=1, beside=("alpha",))
+            one.want("base", generation=1, also_serves=("alpha",))
             await one.until_beside("alpha")
             one.want("alpha", "alpha", generation=2)
             await one.until_holding("alpha")
-            one.want("beta", "beta", generation=3, beside=("alpha",), alpha=never())
+            one.want("beta", "beta", generation=3, also_serves=("alpha",), alpha=never())
             await one.until_holding("beta")
             await one.until_beside("alpha")
             assert all("alpha" in names for names in one.engine.served)
@@ -569,7 +573,7 @@ def test_one_loaded_while_it_is_the_default_stays_when_the_default_moves_on(stag
             one.want("alpha", generation=1)
             await one.until_holding("alpha")
             # the copy that is live is the copy that stays: nothing is sent for
-            one.want("beta", generation=2, beside=("alpha",), alpha=never())
+            one.want("beta", generation=2, also_serves=("alpha",), alpha=never())
             await one.until_holding("beta")
             assert all("alpha" in names for names in one.engine.served)
 
@@ -584,12 +588,12 @@ def test_a_document_with_other_tenants_does_not_start_a_drain_over(stage: Open) 
             one.engine.drained.clear()
             one.want("beta", generation=2)
             await until(lambda: not one.engine.admission.is_open)
-            want = one.want("beta", generation=3, beside=("gamma",))
+            want = one.want("beta", generation=3, also_serves=("gamma",))
             await until(lambda: one.reported(lambda r: r.acting_on == want))
             assert not one.engine.admission.is_open
             one.engine.drained.set()
             await one.until_beside("gamma")
-            assert key(one.controller.last.holds) == one.key("beta")
+            assert one.controller.last.holds.key == one.key("beta")
             assert one.engine.policies == ["drain", "drain"]
 
     asyncio.run(story())
@@ -603,7 +607,7 @@ def test_an_image_on_its_way_is_not_sent_for_again_because_something_else_change
             slow = never()
             one.want("alpha", "beta", generation=1, beta=slow)
             await one.until_holding("alpha")
-            one.want("alpha", "beta", generation=2, beside=("gamma",), beta=slow)
+            one.want("alpha", "beta", generation=2, also_serves=("gamma",), beta=slow)
             await one.until_beside("gamma")
             assert not slow.cancelled()
             slow.set_result(one.images["beta"])

@@ -17,12 +17,14 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from transformers import AutoTokenizer
 
 from hotswap_lib import AdapterImage, Revision
-from serve_app.engine.engine import Step
-from serve_app.engine.request_recorder import PROBE
-from serve_app.engine.sampling_params import Sampling, TextScore, TokenLogprobs
-from serve_app.openai.requests import ChatRequest, CompletionRequest, RequestRefused
-from serve_app.replica.serving_generate import Answers
+from serve_app.engine.sampling_params import SamplingParams, TokenLogprobs
+from serve_app.engine.steps import GenerationOutput
+from serve_app.openai.requests import ChatRequest, CompletionRequest
+from serve_app.replica.serving_generate import GenerationServing
 from serve_app.settings import Settings
+from serve_app.wire.errors import InvalidRequest
+from serve_app.wire.request_stats import PROBE
+from serve_app.wire.text_score import TextScore
 from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.fakes import until
 from tests.serve_app.generating import SHORT, Running, started
@@ -48,7 +50,7 @@ class FakeEngine:
         self.scores_texts = True
         self.pins: list[str | None] = []
         self.sessions: list[str | None] = []
-        self.asked: list[tuple[list[int], int, Sampling, bool]] = []
+        self.asked: list[tuple[list[int], int, SamplingParams, bool]] = []
         self.running = self.inside = self.sent = self.cancelled = 0
 
     @asynccontextmanager
@@ -70,8 +72,8 @@ class FakeEngine:
         return token_ids[-1:] == [self.end]
 
     async def generate(
-        self, prompt_ids: list[int], *, max_tokens: int, sampling: Sampling, stream: bool
-    ) -> AsyncGenerator[Step, None]:
+        self, prompt_ids: list[int], *, max_tokens: int, sampling: SamplingParams, stream: bool
+    ) -> AsyncGenerator[GenerationOutput, None]:
         self.asked.append((prompt_ids, max_tokens, sampling, stream))
         self.running += 1
         finished = False
@@ -92,7 +94,7 @@ class FakeEngine:
                 finished = end == len(tokens)
                 self.sent += 1
                 logprobs = scores[:end] if sampling.logprobs is not None else []
-                yield Step(token_ids=tokens[:end], finished=finished, logprobs=logprobs)
+                yield GenerationOutput(token_ids=tokens[:end], finished=finished, logprobs=logprobs)
         finally:
             self.running -= 1
             self.cancelled += not finished
@@ -104,13 +106,13 @@ def tokenizer(world: TinyWorld) -> Any:
 
 
 class Desk:
-    """Answers over a fake engine that says one text to everything."""
+    """GenerationServing over a fake engine that says one text to everything."""
 
     def __init__(self, tokenizer: Any, said: str = "hello", **more: Any) -> None:
         self.tokenizer = tokenizer
         self.engine = FakeEngine(lambda _: [*self.ids(said), END])
         values = {"served_model_name": "tiny", "max_model_len": 512, "max_tokens_default": 100}
-        self.answers = Answers(
+        self.answers = GenerationServing(
             self.engine, tokenizer, Settings.model_validate(values | more), replica="r1"
         )
 
@@ -130,9 +132,9 @@ class Desk:
 
         return asyncio.run(run())
 
-    def refusal(self, request: ChatRequest | CompletionRequest) -> RequestRefused:
+    def refusal(self, request: ChatRequest | CompletionRequest) -> InvalidRequest:
         for ask in (self.answers.whole, lambda request: anext(self.answers.stream(request))):
-            with pytest.raises(RequestRefused) as caught:
+            with pytest.raises(InvalidRequest) as caught:
                 asyncio.run(_awaited(ask(request)))
         assert not self.engine.asked
         return caught.value
@@ -183,7 +185,7 @@ def test_a_chat_is_answered_through_the_template(tokenizer: Any) -> None:
     assert (answer.model, answer.system_fingerprint) == ("tiny", str(PIRATE))
     [(prompt, max_tokens, sampling, stream)] = desk.engine.asked
     assert tokenizer.decode(prompt) == "<u>hi<a>"
-    assert (max_tokens, sampling, stream) == (100, Sampling(), False)
+    assert (max_tokens, sampling, stream) == (100, SamplingParams(), False)
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (4, 6)
 
@@ -197,7 +199,7 @@ def test_an_answer_that_runs_out_of_tokens_says_so(tokenizer: Any) -> None:
 def test_what_a_request_asks_of_the_sampler_reaches_it(tokenizer: Any) -> None:
     desk = Desk(tokenizer)
     desk.chat(temperature=0.5, top_p=0.25, top_k=7, seed=11, logprobs=True, top_logprobs=2)
-    want = Sampling(temperature=0.5, top_p=0.25, top_k=7, seed=11, logprobs=2)
+    want = SamplingParams(temperature=0.5, top_p=0.25, top_k=7, seed=11, logprobs=2)
     assert desk.engine.asked[0][2] == want
 
 
@@ -278,7 +280,7 @@ def test_a_stream_adds_up_to_the_whole_answer(
     desk = Desk(tokenizer)
     tokens = [*broken, *desk.ids(said), *broken, END]
     desk.engine = FakeEngine(lambda _: tokens, step_tokens=step_tokens)
-    desk.answers = Answers(
+    desk.answers = GenerationServing(
         desk.engine, tokenizer, Settings(max_model_len=512), replica="r1", vocabulary=260
     )
     more = {"stop": stops, "max_tokens": room, "return_token_ids": True}
@@ -352,9 +354,9 @@ def running(world: TinyWorld, images: dict[str, AdapterImage]) -> Iterator[Runni
     yield from started(world, images, lanes=2)
 
 
-def real(running: Running, tokenizer: Any) -> Answers:
+def real(running: Running, tokenizer: Any) -> GenerationServing:
     settings = Settings(max_model_len=512)
-    return Answers(running.engine, tokenizer, settings, replica="r1")
+    return GenerationServing(running.engine, tokenizer, settings, replica="r1")
 
 
 def teacher_forced(model: Any, ids: list[int]) -> float:
@@ -424,7 +426,7 @@ def test_scoring_asks_for_exactly_the_tokens_of_the_text_and_is_counted_for_nobo
     desk = Desk(tokenizer)
     [score] = asyncio.run(desk.answers.score(["abc"], "some pin"))
     first, *rest = desk.ids("abc")
-    want = Sampling(temperature=0.0, logprobs=0, forced=(1, tuple(rest)))
+    want = SamplingParams(temperature=0.0, logprobs=0, forced=(1, tuple(rest)))
     assert desk.engine.asked == [([first], 2, want, False)]
     assert (desk.engine.pins, desk.engine.sessions) == (["some pin"], [PROBE])
     assert score == TextScore(logprob=-1.0, tokens=2)
@@ -433,7 +435,7 @@ def test_scoring_asks_for_exactly_the_tokens_of_the_text_and_is_counted_for_nobo
 @pytest.mark.parametrize("said", ["", "a", "a" * 513])
 def test_a_text_that_cannot_be_scored_is_refused_with_its_length(tokenizer: Any, said: str) -> None:
     desk = Desk(tokenizer)
-    with pytest.raises(RequestRefused) as refused:
+    with pytest.raises(InvalidRequest) as refused:
         asyncio.run(desk.answers.score(["fine", said]))
     assert (refused.value.status, refused.value.code) == (400, "invalid_parameter")
     assert str(refused.value).endswith(f"one has {len(said)}")
@@ -443,7 +445,7 @@ def test_a_text_that_cannot_be_scored_is_refused_with_its_length(tokenizer: Any,
 def test_a_model_that_continues_no_texts_scores_none(tokenizer: Any) -> None:
     desk = Desk(tokenizer)
     desk.engine.scores_texts = False
-    with pytest.raises(RequestRefused, match="how likely") as refused:
+    with pytest.raises(InvalidRequest, match="how likely") as refused:
         asyncio.run(desk.answers.score(["abc"]))
     assert refused.value.code == "task_not_served"
 
@@ -553,9 +555,9 @@ def test_a_choice_that_fails_takes_the_others_with_it(tokenizer: Any) -> None:
 def test_an_engine_that_ends_without_an_end_is_a_failure_and_not_a_wait(tokenizer: Any) -> None:
     desk = Desk(tokenizer)
 
-    async def nothing(*_: Any, **__: Any) -> AsyncGenerator[Step, None]:
+    async def nothing(*_: Any, **__: Any) -> AsyncGenerator[GenerationOutput, None]:
         for tokens in list[list[int]]():
-            yield Step(token_ids=tokens, finished=False)
+            yield GenerationOutput(token_ids=tokens, finished=False)
 
     desk.engine.generate = nothing  # type: ignore[method-assign]
     with pytest.raises(AssertionError, match="finished"):

@@ -26,7 +26,7 @@ class FakeReplica:
     doc: Desired | None = None
     failure: Failure | None = None
     gave_up: bool = False
-    beside: set[str] = field(default_factory=set)
+    also_serves: set[str] = field(default_factory=set)
     cannot: set[str] = field(default_factory=set)
 
     def hear(self, doc: Desired) -> None:
@@ -51,7 +51,7 @@ class FakeReplica:
             return
         if self.holds == doc.hold:
             self.is_open, self.failure = True, None
-            self.beside = set(doc.beside) - self.cannot
+            self.also_serves = set(doc.also_serves) - self.cannot
             self.staged = None if doc.stage in (None, doc.hold) else doc.stage
         elif self.staged != doc.hold:
             self.staged = doc.hold
@@ -75,7 +75,7 @@ class FakeReplica:
         if doc is None or doc.traffic is None or self.holds != doc.hold:
             return None
         canary = doc.traffic.canary
-        if canary not in doc.beside or canary not in self.cannot:
+        if canary not in doc.also_serves or canary not in self.cannot:
             return None
         return Failure(revision=canary, reason="no lane", generation=doc.generation)
 
@@ -87,7 +87,7 @@ class FakeReplica:
             staged=self.staged,
             serving=assigned and self.is_open,
             failure=self.failure or self.refused,
-            beside=tuple(sorted(self.beside - {self.holds})),
+            also_serves=tuple(sorted(self.also_serves - {self.holds})),
             traffic=None if self.doc is None else self.doc.traffic,
             at=at,
         )

@@ -18,7 +18,7 @@ from serve_app.rollout.events import (
     UnloadRequested,
 )
 from serve_app.rollout.machine import advance, pending
-from serve_app.rollout.plan import InFlight, OnFailure, Placement, Plan, Step, Strategy
+from serve_app.rollout.plan import CanaryStep, InFlight, OnFailure, Placement, Plan, Strategy
 from serve_app.rollout.state import Desired, Failure, Fleet, Pause, Rollout, State, Traffic
 
 OLD, NEW, OTHER = "old@1", "new@2", "other@3"
@@ -55,7 +55,7 @@ def ask(
 
 
 def canary(
-    *steps: Step,
+    *steps: CanaryStep,
     target: str = NEW,
     placement: Placement | None = None,
     analysis: Analysis | None = None,
@@ -79,12 +79,12 @@ def canary(
     return Asked(plan=plan, target=target, at=at)
 
 
-def step(weight: float, hold: float = 0.0) -> Step:
-    return Step(weight=weight, hold=hold)
+def step(weight: float, hold: float = 0.0) -> CanaryStep:
+    return CanaryStep(weight=weight, hold=hold)
 
 
-def manual(weight: float) -> Step:
-    return Step(weight=weight, hold="manual")
+def manual(weight: float) -> CanaryStep:
+    return CanaryStep(weight=weight, hold="manual")
 
 
 def said(
@@ -94,7 +94,7 @@ def said(
     staged: str | None = None,
     serving: bool = True,
     failure: Failure | None = None,
-    beside: tuple[str, ...] = (),
+    also_serves: tuple[str, ...] = (),
     traffic: Traffic | None = None,
     at: float = 11.0,
 ) -> Reported:
@@ -104,7 +104,7 @@ def said(
         staged=staged,
         serving=serving,
         failure=failure,
-        beside=beside,
+        also_serves=also_serves,
         traffic=traffic,
         at=at,
     )
@@ -143,9 +143,9 @@ def retry(at: float = 12.0) -> RetryRequested:
 
 
 def judged(
-    fleet: Fleet, outcome: Outcome, *, at: float = 12.0, trial: str | None = None, why: str = "so"
+    fleet: Fleet, outcome: Outcome, *, at: float = 12.0, step_id: str | None = None, why: str = "so"
 ) -> Judged:
-    """A verdict on the step that the fleet is in, unless `trial` names another one."""
+    """A verdict on the step that the fleet is in, unless `step_id` names another one."""
     rollout = of(fleet)
     verdict = Verdict(
         step=rollout.step,
@@ -154,7 +154,7 @@ def judged(
         at=at,
         measurements=(Measurement(name="error_rate", outcome=outcome, why=why),),
     )
-    return Judged(trial=trial or rollout.trial, verdict=verdict, at=at)
+    return Judged(step_id=step_id or rollout.step_id, verdict=verdict, at=at)
 
 
 def broken(revision: str, generation: int) -> Failure:
@@ -189,8 +189,10 @@ def obeyed(fleet: Fleet, *only: str, at: float = 11.0) -> Fleet:
 
 def done(replica: str, want: Desired, *, at: float = 11.0) -> Reported:
     """What a replica says that is as `want` has it."""
-    beside, traffic = want.beside, want.traffic
-    return said(replica, want.hold, staged=want.stage, beside=beside, traffic=traffic, at=at)
+    also_serves, traffic = want.also_serves, want.traffic
+    return said(
+        replica, want.hold, staged=want.stage, also_serves=also_serves, traffic=traffic, at=at
+    )
 
 
 def settled(fleet: Fleet, *, at: float = 11.0) -> Fleet:

@@ -7,7 +7,7 @@ import pytest
 from serve_app.rollout.analysis import Outcome
 from serve_app.rollout.events import Judged, Left
 from serve_app.rollout.machine import advance, desired, traffic
-from serve_app.rollout.plan import OnFailure, Placement, Step
+from serve_app.rollout.plan import CanaryStep, OnFailure, Placement
 from serve_app.rollout.recovery import restored
 from serve_app.rollout.state import Fleet, Pause, State
 from tests.serve_app.rollout.fleets import (
@@ -47,7 +47,7 @@ PLACEMENTS: list[Placement] = ["shared", "dedicated"]
 
 def begun(
     count: int,
-    *steps: Step,
+    *steps: CanaryStep,
     placement: Placement = "shared",
     watched: bool = False,
     on_failure: OnFailure = "rollback",
@@ -66,7 +66,7 @@ def begun(
 
 def placed(
     count: int,
-    *steps: Step,
+    *steps: CanaryStep,
     placement: Placement = "shared",
     watched: bool = False,
     on_failure: OnFailure = "rollback",
@@ -100,22 +100,22 @@ def on(fleet: Fleet, revision: str) -> list[str]:
 def test_nobody_gets_the_canary_before_all_have_staged_it() -> None:
     fleet = advance(fleet_of(2), canary(step(10)))
     fleet = advance(fleet, said("r1", staged=NEW))
-    assert (traffic(fleet), desired(fleet, "r1").beside) == (None, ())
+    assert (traffic(fleet), desired(fleet, "r1").also_serves) == (None, ())
 
 
 def test_a_shared_canary_is_beside_stable_on_every_replica_with_its_weight() -> None:
     fleet = begun(3)
     for replica in ("r1", "r2", "r3"):
         want = desired(fleet, replica)
-        assert (want.hold, want.beside) == (OLD, (NEW,))
+        assert (want.hold, want.also_serves) == (OLD, (NEW,))
         assert want.traffic is not None
         assert (want.traffic.canary, want.traffic.weight) == (NEW, 10)
-        assert (want.traffic.placement, want.traffic.trial) == ("shared", "rollout-1.1.1")
+        assert (want.traffic.placement, want.traffic.step_id) == ("shared", "rollout-1.1.1")
 
 
 def test_a_canary_is_shared_where_its_plan_does_not_say() -> None:
     fleet = staged_everywhere(advance(fleet_of(1), canary(step(10, 60))))
-    assert desired(fleet, "r1").beside == (NEW,)
+    assert desired(fleet, "r1").also_serves == (NEW,)
 
 
 def test_a_step_is_held_from_when_the_last_replica_does_its_part() -> None:
@@ -136,15 +136,15 @@ def test_after_its_hold_a_step_gives_way_to_the_next() -> None:
     assert of(later(fleet, 70.9)).step == 0
     fleet = later(fleet, 71)
     assert (of(fleet).step, of(fleet).placed_at, weight(fleet)) == (1, None, 50)
-    assert of(fleet).trial == "rollout-1.2.1"
+    assert of(fleet).step_id == "rollout-1.2.1"
     assert of(settled(fleet, at=80)).hold_until == 140
 
 
 def test_behind_the_last_step_the_whole_fleet_moves_in_waves() -> None:
     fleet = later(placed(3, step(10, 1)), 12)
     assert (of(fleet).current, weight(fleet)) == (None, 100)
-    assert (on(fleet, NEW), desired(fleet, "r1").beside) == (["r1"], ())
-    assert desired(fleet, "r2").beside == (NEW,)
+    assert (on(fleet, NEW), desired(fleet, "r1").also_serves) == (["r1"], ())
+    assert desired(fleet, "r2").also_serves == (NEW,)
     fleet = rolled(fleet)
     assert (state_of(fleet), fleet.stable, traffic(fleet)) == (State.SUCCEEDED, NEW, None)
 
@@ -167,15 +167,15 @@ def test_a_canary_of_what_is_stable_already_goes_through_its_steps(placement: Pl
 def test_what_is_loaded_already_is_not_beside_twice_as_the_canary() -> None:
     fleet = after(fleet_of(1), load(NEW), load(), canary(step(10, 60)))
     fleet = settled(fleet)
-    assert desired(fleet, "r1").beside == (NEW, TENANT)
+    assert desired(fleet, "r1").also_serves == (NEW, TENANT)
     fleet = advance(settled(advance(fleet, abort())), unload())
-    assert (state_of(fleet), desired(fleet, "r1").beside) == (State.ABORTED, (NEW,))
+    assert (state_of(fleet), desired(fleet, "r1").also_serves) == (State.ABORTED, (NEW,))
 
 
 def test_a_late_joiner_gets_stable_and_the_canary_beside_it() -> None:
     fleet = advance(placed(2), said("late", None, serving=False))
     want = desired(fleet, "late")
-    assert (want.hold, want.beside, want.traffic) == (OLD, (NEW,), traffic(fleet))
+    assert (want.hold, want.also_serves, want.traffic) == (OLD, (NEW,), traffic(fleet))
 
 
 def test_a_late_joiner_does_not_move_the_step_and_is_waited_for() -> None:
@@ -192,7 +192,7 @@ def test_a_stable_revision_that_no_replica_can_hold_does_not_block_its_canary() 
     fleet = after(fleet, said("r1", None, serving=False, failure=failed), canary(step(10)))
     fleet = advance(fleet, said("r1", None, staged=NEW, serving=False, failure=failed))
     now = traffic(fleet)
-    told = said("r1", None, serving=False, failure=failed, beside=(NEW,), traffic=now)
+    told = said("r1", None, serving=False, failure=failed, also_serves=(NEW,), traffic=now)
     fleet = advance(fleet, told)
     assert on(fleet, NEW) == ["r1"]
     assert rolled(fleet).stable == NEW
@@ -201,7 +201,7 @@ def test_a_stable_revision_that_no_replica_can_hold_does_not_block_its_canary() 
 def test_an_abort_takes_the_canary_away_from_everyone() -> None:
     fleet = advance(placed(2), abort())
     assert (state_of(fleet), weight(fleet)) == (State.ABORTING, 0)
-    assert desired(fleet, "r1").beside == ()
+    assert desired(fleet, "r1").also_serves == ()
     fleet = obeyed(fleet, "r1")
     assert state_of(fleet) is State.ABORTING, "r2 serves it yet"
     assert state_of(settled(fleet)) is State.ABORTED
@@ -227,7 +227,7 @@ def test_a_dedicated_canary_is_on_as_many_replicas_as_its_weight_needs() -> None
     assert on(fleet, NEW) == ["r1"], "one at a time"
     fleet = settled(fleet)
     assert (on(fleet, NEW), weight(fleet), of(fleet).placed_at) == (["r1", "r2"], 30, 11)
-    assert all(desired(fleet, replica).beside == () for replica in fleet.assigned)
+    assert all(desired(fleet, replica).also_serves == () for replica in fleet.assigned)
 
 
 def test_the_weight_is_no_larger_than_what_is_placed() -> None:
@@ -322,7 +322,7 @@ def test_what_a_superseded_rollout_moved_goes_back_to_stable_before_a_canary(
 def test_a_new_plan_takes_the_place_of_a_canary_and_keeps_the_way_back() -> None:
     fleet = advance(placed(2), ask(OTHER, at=20))
     assert (fleet.past[0].state, of(fleet).previous) == (State.SUPERSEDED, OLD)
-    assert (traffic(fleet), desired(fleet, "r1").beside) == (None, ())
+    assert (traffic(fleet), desired(fleet, "r1").also_serves) == (None, ())
     assert rolled(fleet, OTHER).stable == OTHER
 
 
@@ -445,7 +445,7 @@ def test_a_verdict_without_a_canary_changes_nothing(outcome: Outcome) -> None:
     moving = advance(fleet, promote())
     behind = judged(moving, outcome)
     for then, event in ((ended, verdict), (aborting, verdict), (moving, behind)):
-        assert advance(then, Judged(trial=event.trial, verdict=event.verdict, at=99)) == then
+        assert advance(then, Judged(step_id=event.step_id, verdict=event.verdict, at=99)) == then
     fresh = fleet_of(1)
     assert advance(fresh, verdict) == fresh
 

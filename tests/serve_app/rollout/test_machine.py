@@ -14,19 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
 from serve_app.rollout.events import Event, Heard, Left, Reported, Ticked
 from serve_app.rollout.machine import advance, desired, pending, silent
 from serve_app.rollout.plan import InFlight, Strategy
 from serve_app.rollout.recovery import restored
-from serve_app.rollout.state import (
-    TRANSITIONS,
-    Desired,
-    Fleet,
-    GenerationMismatch,
-    IllegalEvent,
-    Observed,
-    State,
-)
+from serve_app.rollout.state import TRANSITIONS, Desired, Fleet, Observed, State
 from serve_app.rollout.walk import progress
 from tests.serve_app.rollout.fleets import (
     NEW,
@@ -369,10 +362,10 @@ def test_another_way_to_the_same_target_is_a_decision() -> None:
 def test_what_is_loaded_is_served_by_everyone_beside_what_they_hold() -> None:
     fleet = after(fleet_of(2), load(), load(OTHER))
     for replica in ("r1", "r2", "late"):
-        assert desired(fleet, replica).beside == (TENANT, OTHER)
+        assert desired(fleet, replica).also_serves == (TENANT, OTHER)
     assert set(pending(fleet)) == {"r1", "r2"}
     fleet = rolled(advance(fleet, unload()), OLD)
-    assert desired(fleet, "r1").beside == (OTHER,)
+    assert desired(fleet, "r1").also_serves == (OTHER,)
 
 
 def test_loading_is_one_decision_and_loading_it_again_is_none() -> None:
@@ -403,11 +396,11 @@ def test_who_does_not_know_of_the_last_decision_changes_nothing(event: Any) -> N
 def test_what_a_replica_holds_is_never_beside_it_as_well() -> None:
     fleet = staged_everywhere(after(fleet_of(2), load(NEW), load(), ask(NEW)))
     assert desired(fleet, "r1").hold == NEW
-    assert desired(fleet, "r1").beside == (TENANT,)
-    assert desired(fleet, "r2").beside == (NEW, TENANT)
+    assert desired(fleet, "r1").also_serves == (TENANT,)
+    assert desired(fleet, "r2").also_serves == (NEW, TENANT)
     fleet = rolled(fleet)
     assert fleet.loaded == (NEW, TENANT), "it was loaded, and it still is"
-    assert desired(rolled(advance(fleet, ask(OTHER)), OTHER), "r1").beside == (NEW, TENANT)
+    assert desired(rolled(advance(fleet, ask(OTHER)), OTHER), "r1").also_serves == (NEW, TENANT)
 
 
 def test_a_rollout_does_not_wait_for_what_is_loaded() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from serve_app.rollout.plan import Plan, Step
+from serve_app.rollout.plan import CanaryStep, Plan
 
 DOCS = Path(__file__).parents[3] / "docs" / "rollouts.md"
 TEN_THEN_HALF = [{"weight": 10, "hold": "2m"}, {"weight": 50, "hold": "manual"}]
@@ -123,7 +123,7 @@ def test_more_steps_than_anybody_needs_are_refused() -> None:
     ("hold", "seconds"), [("90s", 90.0), ("1.5m", 90.0), (3, 3.0), ("manual", 0.0)]
 )
 def test_a_step_is_held_for_a_time_or_until_somebody_promotes_it(hold: Any, seconds: float) -> None:
-    assert Step(weight=5, hold=hold).hold_s == seconds
+    assert CanaryStep(weight=5, hold=hold).hold_s == seconds
 
 
 def test_a_plan_never_changes_after_it_was_accepted() -> None:

@@ -101,7 +101,7 @@ def test_a_rollout_that_was_staged_is_taken_back() -> None:
 def test_a_canary_that_was_under_way_is_taken_back_and_what_was_loaded_stays() -> None:
     fleet = settled(after(fleet_of(2), load(), canary(step(10, 60))))
     again = rebuilt(documents(fleet), at=99)
-    assert (desired(again, "r1").beside, desired(again, "r1").traffic) == ((TENANT,), None)
+    assert (desired(again, "r1").also_serves, desired(again, "r1").traffic) == ((TENANT,), None)
     again = rolled(again, OLD)
     assert (state_of(again), again.loaded) == (State.ABORTED, (TENANT,))
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 
 from serve_app.rollout.analysis import Outcome
-from serve_app.rollout.events import Request, Requested
+from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
+from serve_app.rollout.events import Requested, UserRequest
 from serve_app.rollout.machine import advance, traffic
 from serve_app.rollout.plan import OnFailure
-from serve_app.rollout.state import Fleet, GenerationMismatch, IllegalEvent, Pause, State
+from serve_app.rollout.state import Fleet, Pause, State
 from tests.serve_app.rollout.fleets import (
     NEW,
     OLD,
@@ -121,14 +122,14 @@ def test_what_is_remembered_of_keys_stays_small() -> None:
 
 
 @pytest.mark.parametrize("event", [pause(), resume(), promote(), retry()])
-def test_what_does_not_run_cannot_be_steered(event: Request) -> None:
+def test_what_does_not_run_cannot_be_steered(event: UserRequest) -> None:
     for fleet in (fleet_of(2), rolled(advance(fleet_of(2), ask()))):
         with pytest.raises(IllegalEvent, match="no rollout is running"):
             advance(fleet, event)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("event", [pause(), resume(), promote(), retry()])
-def test_an_abort_cannot_be_turned_around(event: Request) -> None:
+def test_an_abort_cannot_be_turned_around(event: UserRequest) -> None:
     fleet = advance(running(), abort())
     with pytest.raises(IllegalEvent, match="the rollout is being taken back"):
         advance(fleet, event)  # type: ignore[arg-type]
@@ -255,7 +256,7 @@ def test_a_retry_measures_the_step_again_from_the_start() -> None:
     fleet = settled(advance(fleet_of(2), asked))
     fleet = advance(fleet, judged(fleet, Outcome.FAIL))
     fleet = advance(fleet, retry(at=100))
-    assert (of(fleet).placed_at, of(fleet).trial) == (None, "rollout-1.1.2")
+    assert (of(fleet).placed_at, of(fleet).step_id) == (None, "rollout-1.1.2")
     assert of(settled(fleet, at=101)).hold_until == 161
     assert [each.outcome for each in of(fleet).verdicts] == [Outcome.FAIL], "it is still known"
 

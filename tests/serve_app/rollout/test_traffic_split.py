@@ -9,18 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.rollout.state import Traffic
-from serve_app.rollout.traffic_split import Split, place_of
+from serve_app.rollout.traffic_split import TrafficSplit, session_position
 
 SESSIONS = [f"user {number}" for number in range(4_000)]
 weights = st.floats(0, 100)
 
 
 def traffic(weight: float, canary: str = "beta@1") -> Traffic:
-    return Traffic(canary=canary, weight=weight, placement="shared", trial="r1.1.1")
+    return Traffic(canary=canary, weight=weight, placement="shared", step_id="r1.1.1")
 
 
 def on_canary(weight: float, canary: str = "beta@1") -> set[str]:
-    split = Split()
+    split = TrafficSplit(start=0.0)
     return {each for each in SESSIONS if split.to_canary(traffic(weight, canary), each)}
 
 
@@ -29,13 +29,13 @@ def on_canary(weight: float, canary: str = "beta@1") -> set[str]:
 def test_after_any_number_of_requests_the_share_is_right_to_a_few_of_them(
     weight: float, start: float, requests: int
 ) -> None:
-    split = Split(start=start)
+    split = TrafficSplit(start=start)
     there = sum(split.to_canary(traffic(weight), None) for _ in range(requests))
     assert abs(there - requests * weight / 100) <= 5  # the worst of this range is 4.2
 
 
 def test_a_new_weight_counts_from_the_next_request_on() -> None:
-    split = Split(start=0.3)
+    split = TrafficSplit(start=0.3)
     for weight in (10.0, 90.0, 50.0, 1.0):
         there = sum(split.to_canary(traffic(weight), None) for _ in range(1_000))
         assert abs(there - 10 * weight) <= 4
@@ -46,7 +46,7 @@ def test_a_new_weight_counts_from_the_next_request_on() -> None:
 def test_nobody_gets_a_canary_without_a_share_and_everybody_one_with_all_of_it(
     session: str | None, start: float
 ) -> None:
-    split = Split(start=start)
+    split = TrafficSplit(start=start)
     assert not split.to_canary(traffic(0), session)
     assert split.to_canary(traffic(100), session)
 
@@ -57,13 +57,13 @@ def test_a_session_that_is_on_the_canary_stays_when_the_weight_grows(
     session: str, canary: str, low: float, high: float
 ) -> None:
     low, high = sorted((low, high))
-    assert 0 <= place_of(session, canary) < 1
-    if Split().to_canary(traffic(low, canary), session):
-        assert Split().to_canary(traffic(high, canary), session)
+    assert 0 <= session_position(session, canary) < 1
+    if TrafficSplit(start=0.0).to_canary(traffic(low, canary), session):
+        assert TrafficSplit(start=0.0).to_canary(traffic(high, canary), session)
 
 
 def test_sessions_do_not_use_up_the_turns_of_the_others() -> None:
-    some, others = Split(start=0.5), Split(start=0.5)
+    some, others = TrafficSplit(start=0.5), TrafficSplit(start=0.5)
     for number in range(500):
         some.to_canary(traffic(30), f"session {number}")
         assert some.to_canary(traffic(30), None) == others.to_canary(traffic(30), None)
@@ -82,7 +82,7 @@ def test_another_canary_begins_with_other_sessions() -> None:
 
 
 def test_every_process_places_a_session_the_same() -> None:
-    ask = "from serve_app.rollout.traffic_split import place_of; print(repr(place_of('ann', 'beta@1')))"
+    ask = "from serve_app.rollout.traffic_split import session_position; print(repr(session_position('ann', 'beta@1')))"
     run = [sys.executable, "-c", ask]
     said = {subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()}
-    assert said == {repr(place_of("ann", "beta@1"))} == {"0.3889977451540668"}
+    assert said == {repr(session_position("ann", "beta@1"))} == {"0.3889977451540668"}

@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from serve_app.controller.journal import Entry, Journal
+from serve_app.controller.journal import Journal, JournalEntry
 from serve_app.rollout.analysis import Outcome
 from serve_app.rollout.assignment import canaries
+from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
 from serve_app.rollout.events import (
     AbortRequested,
     Asked,
@@ -31,18 +32,9 @@ from serve_app.rollout.events import (
     UnloadRequested,
 )
 from serve_app.rollout.machine import Documents, advance, desired, pending, traffic
-from serve_app.rollout.plan import InFlight, OnFailure, Placement, Plan, Step, Strategy
+from serve_app.rollout.plan import CanaryStep, InFlight, OnFailure, Placement, Plan, Strategy
 from serve_app.rollout.recovery import rebuilt, restored
-from serve_app.rollout.state import (
-    Desired,
-    Fleet,
-    GenerationMismatch,
-    IllegalEvent,
-    Observed,
-    Pause,
-    Rollout,
-    State,
-)
+from serve_app.rollout.state import Desired, Fleet, Observed, Pause, Rollout, State
 from tests.serve_app.rollout.fake_replica import FakeReplica
 from tests.serve_app.rollout.fleets import (
     NEW,
@@ -70,7 +62,7 @@ some_weights = st.lists(
     st.sampled_from([1.0, 10.0, 34.0, 50.0, 99.0, 100.0]), min_size=1, max_size=3, unique=True
 ).map(sorted)
 some_steps = st.tuples(some_weights, st.lists(st.sampled_from(HOLDS), min_size=3, max_size=3)).map(
-    lambda given: tuple(Step(weight=w, hold=h) for w, h in zip(*given, strict=False))
+    lambda given: tuple(CanaryStep(weight=w, hold=h) for w, h in zip(*given, strict=False))
 )
 
 
@@ -296,7 +288,7 @@ class WildFleet(RuleBasedStateMachine):
     @rule(outcome=st.sampled_from(Outcome))
     def a_step_is_judged_that_was_left(self, outcome: Outcome) -> None:
         otherwise = advance(self.fleet, Ticked(at=self.now))
-        self.feed(judged(self.fleet, outcome, at=self.now, trial="rollout-1.1.0"))
+        self.feed(judged(self.fleet, outcome, at=self.now, step_id="rollout-1.1.0"))
         assert self.fleet == otherwise
 
     @precondition(lambda self: self.may_end)
@@ -317,7 +309,7 @@ class WildFleet(RuleBasedStateMachine):
     @rule()
     def the_controller_dies_and_comes_back(self) -> None:
         before = self.fleet
-        self.journal.write(Entry(fleet=before, declared=None, sources={}))
+        self.journal.write(JournalEntry(fleet=before, declared=None, sources={}))
         entry = self.journal.read()
         assert entry is not None
         again = restored(entry.fleet, at=self.now)
@@ -381,7 +373,7 @@ class WildFleet(RuleBasedStateMachine):
         assert pending(self.fleet) == {}
         assert {replica.name for replica in self.living()} == set(self.fleet.observed)
         assert all(r.holds == self.fleet.stable and r.is_open for r in self.living())
-        assert all({r.holds, *r.beside} >= set(self.loaded) for r in self.living())
+        assert all({r.holds, *r.also_serves} >= set(self.loaded) for r in self.living())
 
     def somebody_decides(self) -> None:
         """What a rollout waits for that only a user or the analysis can give."""
@@ -426,8 +418,8 @@ class WildFleet(RuleBasedStateMachine):
         documents = Documents(fleet)
         for name in [*fleet.assigned, "a late joiner"]:
             want = documents.of(name)
-            assert want.hold not in want.beside
-            assert list(want.beside) == [one for one in beside if one != want.hold]
+            assert want.hold not in want.also_serves
+            assert list(want.also_serves) == [one for one in beside if one != want.hold]
 
     @invariant()
     def no_request_gets_a_canary_that_it_shall_not_get(self) -> None:
@@ -555,7 +547,7 @@ class WildFleet(RuleBasedStateMachine):
         ended = running and self.rollouts(self.fleet)[running.id].state is State.ABORTED
         if running and ended and running.target not in {self.fleet.stable, *self.loaded}:
             for replica in self.present():
-                assert running.target not in (replica.holds, *replica.beside)
+                assert running.target not in (replica.holds, *replica.also_serves)
         same = running is not None and self.rollouts(self.fleet)[running.id].state
         if same and running and running.state is State.ABORTING and same is not State.SUPERSEDED:
             for name, revision in self.fleet.assigned.items():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hotswap_lib import BASE, AdapterNotFound, Revision
 from serve_app.rollout.state import Desired, Failure
 from serve_app.wire.admin import LaneView, StartView, SwapView
-from serve_app.wire.reports import Answer, Report, from_key, key
+from serve_app.wire.reports import Answer, Report
 
 digests = st.text("0123456789abcdef", min_size=64, max_size=64)
 
@@ -19,18 +19,18 @@ digests = st.text("0123456789abcdef", min_size=64, max_size=64)
 @given(name=st.from_regex(r"[^\s@:\x00-\x1f\x7f]+", fullmatch=True), digest=digests)
 def test_the_full_text_of_a_revision_is_the_revision(name: str, digest: str) -> None:
     revision = Revision(name, digest)
-    assert key(revision) == f"{name}@{digest}"
-    assert from_key(key(revision)) == revision
+    assert revision.key == f"{name}@{digest}"
+    assert Revision.parse(revision.key) == revision
 
 
 @pytest.mark.parametrize("text", ["", "base", "base@123", "a b@" + "0" * 64])
 def test_anything_else_is_no_revision(text: str) -> None:
     with pytest.raises(Exception, match=r"digest|name"):
-        from_key(text)
+        Revision.parse(text)
 
 
 def test_a_report_and_an_answer_arrive_as_they_were_sent() -> None:
-    want = Desired(epoch=2, generation=7, hold=key(BASE), beside=("x",), in_flight="overlap")
+    want = Desired(epoch=2, generation=7, hold=BASE.key, also_serves=("x",), in_flight="overlap")
     report = Report(
         replica="r1",
         layout="f" * 64,
@@ -45,7 +45,7 @@ def test_a_report_and_an_answer_arrive_as_they_were_sent() -> None:
         last_swap=SwapView(revision="base@00000000", commit_us=12.5),
         pid=1,
         node="n",
-        beside=(Revision("x", "1" * 64),),
+        also_serves=(Revision("x", "1" * 64),),
         refused=(Failure(revision="y", reason="no", generation=7),),
         admits=True,
         lanes=(LaneView(revision="base@00000000", running=2),),
@@ -73,7 +73,7 @@ def test_a_replica_serves_what_it_holds_and_what_is_beside_that() -> None:
         last_swap=None,
         pid=1,
         node="n",
-        beside=(other,),
+        also_serves=(other,),
     )
     assert report.serves == (BASE, other)
 
