@@ -24,7 +24,7 @@ from serve_app.rollout.analysis import Analysis, Measurement, Outcome, Probe, Qu
 from serve_app.rollout.events import Judged
 from serve_app.rollout.state import Fleet, Rollout, State
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 _FRESH_S = 1.0
 _QUERY_S = 5.0
 # whatever is at the address, and whatever it says

@@ -32,7 +32,7 @@ from serve_app.settings import Settings
 from serve_app.wire.admin import AdapterView, FleetView
 from serve_app.wire.errors import FleetNotReady
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 _LOAD_S = 60.0
 
 

@@ -19,7 +19,7 @@ from serve_app.rollout.machine import advance
 from serve_app.rollout.recovery import rebuilt
 from serve_app.rollout.state import Desired, Fleet
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 Check = Callable[[Fleet], None]
 
 

@@ -28,7 +28,7 @@ from serve_app.settings import Settings
 from serve_app.wire.errors import Fenced, ImageUnavailable
 from serve_app.wire.reports import Answer, Report
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _TICK_S = 0.25
 _ACTED_ON = attrgetter(

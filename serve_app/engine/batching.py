@@ -25,7 +25,7 @@ from serve_app.settings import Settings
 from serve_app.wire.admin import LaneView
 from serve_app.wire.errors import EngineStopped, GenerationFailed
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 class Job:

@@ -36,7 +36,7 @@ from serve_app.engine.weight_lock import WeightLock
 from serve_app.settings import Settings
 from serve_app.wire.errors import EngineStopped, GenerationFailed
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 PAGE_TOKENS = 32  # of a block of the KV cache
 _STEP_S = 0.005  # about one step of a small model: how soon to look again at the scheduler
 _FAILURES = 4  # requests that fail in a row: time to see whether the model works at all

@@ -44,7 +44,7 @@ from serve_app.wire.errors import (
     RolloutNotFound,
 )
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 
 _STATUS: tuple[tuple[type[Exception], int], ...] = (

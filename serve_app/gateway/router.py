@@ -23,7 +23,7 @@ from serve_app.rollout.traffic_split import TrafficSplit
 from serve_app.wire.errors import InvalidRequest
 from serve_app.wire.routing_stats import newest_traffic
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 STATS_PERIOD_S = 1.0
 _UNDECIDED = 10_000  # requests that wait for a replica; more than a gateway lets in
 

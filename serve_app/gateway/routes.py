@@ -56,7 +56,7 @@ from serve_app.wire.admin import (
 )
 from serve_app.wire.errors import EngineStopped, NoReplicaReady, NotAuthorized
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 _BEARER = HTTPBearer(auto_error=False)
 Pin = Annotated[
     str | None,

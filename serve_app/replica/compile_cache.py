@@ -27,7 +27,7 @@ from hotswap_lib import Slot
 from serve_app.replica.embedded_model import cache_dir
 from serve_app.settings import Settings
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 State = Literal["off", "hit", "miss"]
 _PACKAGES = ("hotswap", "torch", "transformers", "peft")
 _NOT_COMPILED = ("_name_or_path", "transformers_version")  # each node may keep it elsewhere

@@ -26,7 +26,7 @@ from serve_app.wire.admin import StartView, SwapView
 from serve_app.wire.reports import Answer, Report
 from serve_app.wire.routing_stats import routing_stats
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 Step = Callable[[str], Awaitable[None]]
 _RETRY_S = 0.2
 _GOODBYE_S = 1.0

@@ -41,7 +41,7 @@ from serve_app.wire.errors import EngineStopped, InvalidRequest
 from serve_app.wire.reports import Answer, Report
 from serve_app.wire.text_score import TextScore
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 _GENERATES: tuple[Task, ...] = ("causal", "seq2seq")
 
 

@@ -97,7 +97,7 @@ def test_a_copy_that_was_tampered_with_is_not_taken_for_the_revision(
     store.keep(alpha(world))
     [weights] = tmp_path.rglob("*.safetensors")
     shutil.copy(world.adapter("beta") / "adapter_model.safetensors", weights)
-    with pytest.raises(RevisionLost, match="is no longer what was kept at"):
+    with pytest.raises(RevisionLost, match="is no longer the content that was stored at"):
         store.load(alpha(world).revision)
 
 
