@@ -256,7 +256,7 @@ def real(sizes: Sequence[int], model: str, adapters: Sequence[Path]) -> Iterator
             controller: Any = ray.remote(num_cpus=0, max_concurrency=1000)(Decides).remote(state)
             ray.get(controller.start.remote())
             members: list[Any] = []
-            weight_lock = itertools.cycle(adapters)  # never the one that the fleet holds
+            turns = itertools.cycle(adapters)  # never the one that the fleet holds
             for size in sizes:
                 while len(members) < size:
                     some = [
@@ -270,7 +270,7 @@ def real(sizes: Sequence[int], model: str, adapters: Sequence[Path]) -> Iterator
                     ray.get(begun, timeout=300)
                     members += some
                 took = [
-                    ray.get(controller.roll.remote(str(next(weight_lock))), timeout=120)
+                    ray.get(controller.roll.remote(str(next(turns))), timeout=120)
                     for _ in range(ROLLOUTS)
                 ]
                 yield Figure(

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.latency [--json PATH] [--rounds N] [--device DEVICE]``
 
-Compiled models, medians, all variants in weight_lock in an order drawn anew for each round. ``prompt`` is
+Compiled models, medians, all variants in turns in an order drawn anew for each round. ``prompt`` is
 a forward pass of 128 tokens, ``token`` one of 1 token. The first table is PEFT's model as it is
 against the same model after `prepare`, with the same adapter at its own rank. The second is one
 adapter of rank 8 in envelopes of higher ranks, against an envelope of rank 8: the price of a
@@ -115,13 +115,13 @@ def _medians(models: dict[str, Any], *, rounds: int, device: str) -> dict[tuple[
         for length, tokens in LENGTHS.items():
             runs[name, length] = _forward(compiled, torch.arange(tokens, device=device)[None])
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    weight_lock, order = list(runs), random.Random(0)
+    turns, order = list(runs), random.Random(0)
     for turn in range(-3, rounds):  # the first rounds compile and warm up
-        order.shuffle(weight_lock)
+        order.shuffle(turns)
         if turn == 0:
             assert guard.limit_hits == 0, "some of the models fell back to eager"
             guard.arm()
-        for key in weight_lock:
+        for key in turns:
             started = time.perf_counter_ns()
             runs[key]()
             if device.startswith("cuda"):

@@ -9,7 +9,7 @@ requests that met a rolling swap against those of the same run that met none. Ev
 while the fleet swaps is compared with plain PEFT. Then, in process: the price against merged
 weights, what a step takes compiled and not, what a replica's start takes with a compile cache.
 
-All seeds are fixed, everything is warmed up, what is compared takes weight_lock. The exit code is 1 when
+All seeds are fixed, everything is warmed up, what is compared takes turns. The exit code is 1 when
 a request failed or an answer was wrong, else 0: a bar may be missed on a machine that does other
 things too.
 """

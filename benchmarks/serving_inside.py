@@ -330,10 +330,10 @@ def steps(world: World) -> Iterator[Figure]:
 
 def _step_times(managers: dict[str, Any], batch: int, world: World) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in managers}
-    weight_lock, order = list(managers), random.Random(0)
+    turns, order = list(managers), random.Random(0)
     for turn in range(-2, world.effort.step_rounds):  # the first ones compile and warm up
-        order.shuffle(weight_lock)
-        for name in weight_lock:
+        order.shuffle(turns)
+        for name in turns:
             took = managers[name].run(batch)
             if turn >= 0:
                 times[name] += took

@@ -2,7 +2,7 @@
 
 Two replicas of one thread each. Latency is measured in an open loop, with Poisson arrivals at 40 %
 of what the fleet can do, so that a slow moment is not hidden by clients who wait for it. Swaps are
-so far apart that most requests meet none: those are what the others are compared with. GenerationServing
+so far apart that most requests meet none: those are what the others are compared with. Answers
 are compared with plain PEFT, for questions of which it is sure.
 """
 
@@ -41,18 +41,18 @@ MEASURES = {"latency": "latency_{}_s", "time to first token": "first_token_{}_s"
 def swaps(world: World, rows: Sequence[str]) -> Iterator[Figure]:
     """`overlap` and `drain`: latency under each. `exact`: failed or mismatched answers."""
     seen: list[Sample] = []
-    weight_lock = itertools.cycle([*world.adapters[1:], world.first])  # never the one that it holds
+    turns = itertools.cycle([*world.adapters[1:], world.first])  # never the one that it holds
     with _two_replicas(world) as running:
         if per_second := _rate(world, running) if {"overlap", "drain"} & set(rows) else 0.0:
             for policy in ("overlap", "drain"):
                 if policy in rows:
-                    samples, windows = _open_loop(world, running, policy, per_second, weight_lock)
+                    samples, windows = _open_loop(world, running, policy, per_second, turns)
                     seen += samples
                     yield from _latency_figures(policy, samples, windows, per_second)
             errors = [s.error for s in seen if s.error is not None]
             yield _failures("failed requests, open loop", len(seen), errors)
         policies = ("overlap", "drain") if "exact" in rows else ()
-        answers = {policy: _steady(world, running, policy, weight_lock) for policy in policies}
+        answers = {policy: _steady(world, running, policy, turns) for policy in policies}
     # the references only now, when the fleet has given cores and memory back
     yield from _exact_figures(world, answers)
 
@@ -82,7 +82,7 @@ def _rate(world: World, running: Fleet) -> float:
 
 
 def _open_loop(
-    world: World, running: Fleet, policy: str, per_second: float, weight_lock: Iterator[Path]
+    world: World, running: Fleet, policy: str, per_second: float, turns: Iterator[Path]
 ) -> tuple[list[Sample], Windows]:
     effort = world.effort
     due_s = arrivals(1, per_second=per_second, seconds=effort.load_s)
@@ -93,7 +93,7 @@ def _open_loop(
         ends = time.monotonic() + effort.load_s
         while time.monotonic() + effort.swap_every_s < ends:
             time.sleep(effort.swap_every_s)
-            windows.append(running.swap(next(weight_lock), in_flight=policy))
+            windows.append(running.swap(next(turns), in_flight=policy))
         return load.samples(), windows
 
 
@@ -136,7 +136,7 @@ def _over(one: float, other: float) -> float:
 # ---- answers ------------------------------------------------------------------------------------
 
 
-def _steady(world: World, running: Fleet, policy: str, weight_lock: Iterator[Path]) -> list[Sample]:
+def _steady(world: World, running: Fleet, policy: str, turns: Iterator[Path]) -> list[Sample]:
     """What clients were told while the fleet moved `swaps` times, half of them in streams."""
     bodies: list[Body] = [
         {
@@ -153,7 +153,7 @@ def _steady(world: World, running: Fleet, policy: str, weight_lock: Iterator[Pat
     ]
     rollouts = world.effort.swaps // REPLICAS
     with HttpLoad(jobs[0]) as one, HttpLoad(jobs[1]) as other:
-        for adapter in itertools.islice(weight_lock, rollouts):
+        for adapter in itertools.islice(turns, rollouts):
             time.sleep(BETWEEN_S)
             running.swap(adapter, in_flight=policy)
         return one.samples() + other.samples()

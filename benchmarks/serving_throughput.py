@@ -86,10 +86,10 @@ def throughput(world: World, rows: Sequence[str]) -> Iterator[Figure]:
 def measure(world: World, ways: dict[str, Way]) -> Speeds:
     effort = world.effort
     speeds = Speeds(per_second={way: [] for way in ways}, tokens={way: [] for way in ways})
-    weight_lock, order = list(ways), random.Random(0)
+    turns, order = list(ways), random.Random(0)
     for turn in range(-1, effort.rounds):  # the first one warms up, with fewer tokens
-        order.shuffle(weight_lock)
-        for way in weight_lock:
+        order.shuffle(turns)
+        for way in turns:
             # the same lengths, and no prompt that the engine's cache has seen
             asked = prompts(turn, effort.requests, vocabulary=world.vocabulary, salt=way)
             tokens, seconds = ways[way](asked, effort.tokens if turn >= 0 else 4)

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.swap [--json [PATH]] [--rounds N] [--swaps N] [--device DEVICE]``
 
-All figures come from one run and are medians. The operations take weight_lock in an order drawn anew for
+All figures come from one run and are medians. The operations take turns in an order drawn anew for
 each round, since what ran before leaves the caches cold or warm, each round with the next adapter.
 224 LoRA layers, an image of 42 MB in float32 at rank 64, adapters of ranks 8, 16, 32 and 64. PEFT's
 model is prepared and compiled as its documentation says. On CUDA the times are the device's own,
@@ -110,12 +110,10 @@ def measure(operations: dict[str, Operation], *, rounds: int, device: str) -> di
     """Median microseconds for each operation; all take their turns in every round."""
     times: dict[str, list[float]] = {name: [] for name in operations}
     order = random.Random(0)
-    weight_lock = [
-        name for name in operations for _ in range(COPIES_PER_ROUND if name in COPIES else 1)
-    ]
+    turns = [name for name in operations for _ in range(COPIES_PER_ROUND if name in COPIES else 1)]
     for turn in range(-1, rounds):  # the first round is a warm-up
-        order.shuffle(weight_lock)
-        for name in weight_lock:
+        order.shuffle(turns)
+        for name in turns:
             took_us = _time_us(operations[name], turn, device)
             if turn >= 0:
                 times[name].append(took_us)

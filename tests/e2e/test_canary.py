@@ -260,7 +260,7 @@ VICTIMS: dict[str, Kill] = {
     "replica": kill_replica,
     "controller": kill_controller,
 }
-_weight_lock = itertools.cycle(["beta", "gamma", "alpha"])
+_names = itertools.cycle(["beta", "gamma", "alpha"])
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])
@@ -269,7 +269,7 @@ def test_whatever_dies_at_whichever_step_the_rollout_ends_as_it_would_have(
     fleet: Fleet, cluster: Cluster, victim: str, step: int
 ) -> None:
     stable = fleet.settle(replicas=REPLICAS).stable
-    name = next(each for each in _weight_lock if fleet.world.revision(each) != stable)
+    name = next(each for each in _names if fleet.world.revision(each) != stable)
     with Load(fleet, clients=4) as load:
         load.wait_for(10)
         rollout = canary(fleet, name)
