@@ -1,0 +1,67 @@
+"""Canaries on a running fleet: start one, follow it, see which revision each request got."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from serve_app.rollout.plan import CanaryStep, Plan
+from serve_app.wire.admin import CanaryView, RolloutView
+
+from .fleet import Fleet, eventually
+
+OPEN = (CanaryStep(weight=10, hold="manual"), CanaryStep(weight=50, hold="manual"))
+
+
+def golden(fleet: Fleet, folder: Path) -> Path:
+    """Questions, and what the stable revision answers to them."""
+    file = folder / "golden.jsonl"
+    prompts = [f"golden {i}" for i in range(4)]
+    bodies = [{"prompt": p, "max_tokens": 6, "temperature": 0} for p in prompts]
+    answers = [fleet.post(body).json()["choices"][0]["text"] for body in bodies]
+    pairs = zip(prompts, answers, strict=True)
+    file.write_text("\n".join(json.dumps({"prompt": p, "answer": a}) for p, a in pairs))
+    return file
+
+
+def canary(fleet: Fleet, name: str, **plan: Any) -> RolloutView:
+    given = {"strategy": "canary", "steps": OPEN} | plan
+    return fleet.client.start(Plan(adapter=str(fleet.world.adapter(name)), **given))
+
+
+def at_step(fleet: Fleet, id: str, step: int) -> CanaryView:
+    """The canary once every replica does its part in the step, which waits to be promoted."""
+
+    def there() -> CanaryView | None:
+        view = fleet.client.rollout(id)
+        assert not view.ended, view
+        found = view.canary
+        return found if found and (found.step, found.pause) == (step, "step") else None
+
+    found: CanaryView = eventually(there, what=f"step {step}")
+    return found
+
+
+def ended(fleet: Fleet, id: str) -> RolloutView:
+    return fleet.client.wait(id, timeout_s=120)
+
+
+def revisions(fleet: Fleet, sessions: list[str | None]) -> list[str]:
+    """The revision that each of these requests got, many at once."""
+    with (
+        httpx.Client(base_url=fleet.url, timeout=120) as http,
+        ThreadPoolExecutor(16) as pool,
+    ):
+
+        def ask(session: str | None) -> str:
+            body = {"prompt": "x", "max_tokens": 1, "temperature": 0}
+            headers = {} if session is None else {"x-session-id": session}
+            response = http.post("v1/completions", json=body, headers=headers)
+            response.raise_for_status()
+            return response.headers["x-adapter-revision"]
+
+        return list(pool.map(ask, sessions))
