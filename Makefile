@@ -7,16 +7,26 @@ EXTRAS := $(VENV)/extras
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check serve bench gpu adapters clean
+.PHONY: demo test test-slow test-all check serve bench gpu adapters clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo
 
-test: check $(EXTRAS)/.ready
-	$(BIN)/coverage run -m pytest tests/serve_app/rollout
+# Everything that a contributor needs to trust a change, in at most 12 minutes on 2 cores. Unit tests
+# run in two processes; end-to-end tests share one Ray cluster, so they run in one.
+test: check
+	$(BIN)/coverage run -m pytest -m "not slow" tests/serve_app/rollout
 	$(BIN)/coverage report
-	$(BIN)/python -m pytest --ignore=tests/serve_app/rollout $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile \
+		--ignore=tests/serve_app/rollout --ignore=tests/e2e $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" tests/e2e $(PYTEST_ARGS)
+
+# The matrices on top: two nodes and what dies on them, compile modes, libraries beside PEFT.
+test-slow: $(READY) $(EXTRAS)/.ready
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 	PYTHONPATH=$(EXTRAS) $(BIN)/python -m pytest tests/extras
+
+test-all: test test-slow
 
 check: $(READY)
 	$(BIN)/ruff format --check .
