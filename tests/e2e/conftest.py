@@ -130,9 +130,18 @@ def deployed(
         serve.delete(app)
 
 
-@pytest.fixture(scope="module")
-def fleet(cluster: Cluster, world: TinyWorld, request: pytest.FixtureRequest) -> Iterator[Fleet]:
-    """Two replicas on `alpha`."""
-    app = request.module.__name__.rsplit("_", 1)[-1]
-    with deployed(cluster, world, app=app, adapter=str(world.adapter("alpha"))) as running:
+@pytest.fixture(scope="session")
+def shared_fleet(cluster: Cluster, world: TinyWorld) -> Iterator[Fleet]:
+    """Two replicas, deployed once: starting them takes longer than most tests."""
+    with deployed(cluster, world, app="shared", adapter=str(world.adapter("alpha"))) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def fleet(shared_fleet: Fleet) -> Fleet:
+    """Two replicas on `alpha` and nothing else, whatever the module before left there."""
+    for adapter in shared_fleet.client.adapters().data:
+        shared_fleet.client.unload_adapter(adapter.lora_name)
+    if shared_fleet.settle(replicas=REPLICAS).stable != shared_fleet.world.revision("alpha"):
+        shared_fleet.roll("alpha")
+    return shared_fleet

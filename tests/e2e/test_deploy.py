@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray import serve
 
 from .conftest import Cluster
 from .fleet import Fleet
@@ -68,6 +69,7 @@ def fleet(cluster: Cluster, world: TinyWorld, deploy: Deploy) -> Iterator[Fleet]
     fleet = Fleet(url=f"http://127.0.0.1:{cluster.port}/deploy", app="deploy", world=world)
     with fleet.client:
         yield fleet
+    serve.delete("deploy")
 
 
 def test_serve_deploy_brings_up_a_fleet_on_the_declared_adapter(fleet: Fleet) -> None:

@@ -61,7 +61,7 @@ def test_a_replica_killed_under_load_comes_back_on_what_the_fleet_holds(fleet: F
     eventually(lambda: fleet.ask("who").replica == newcomer.id or None, what="the newcomer serving")
 
 
-@pytest.mark.parametrize("in_flight", ["drain", "overlap"])
+@pytest.mark.parametrize("in_flight", ["drain", pytest.param("overlap", marks=pytest.mark.slow)])
 def test_a_controller_killed_in_the_middle_of_a_rolling_swap_resumes_and_finishes(
     fleet: Fleet, in_flight: InFlight
 ) -> None:
@@ -96,6 +96,7 @@ def test_a_controller_killed_in_the_middle_of_a_rolling_swap_resumes_and_finishe
     assert all(fleet.is_exact(answer) for answer in answers)
 
 
+@pytest.mark.slow
 def test_an_undo_after_a_controller_crash_still_knows_the_way_back(fleet: Fleet) -> None:
     before = fleet.roll("alpha")
     fleet.roll("beta")

@@ -74,6 +74,7 @@ def assert_free(fleet: Fleet) -> None:
     fleet.until_running(0)
 
 
+@pytest.mark.slow
 def test_a_stream_that_nobody_reads_holds_up_nobody_and_is_whole_when_it_is_read(
     fleet: Fleet,
 ) -> None:
@@ -129,6 +130,7 @@ def test_a_replica_that_is_killed_breaks_its_streams_and_the_next_one_answers(
     eventually(next_one, within_s=120, what="the next replica answering")
 
 
+@pytest.mark.slow
 def test_while_no_replica_has_come_up_requests_are_refused_at_once(
     cluster: Cluster, tireless: TinyWorld
 ) -> None:

@@ -32,6 +32,7 @@ def fleet(cluster: Cluster, world: TinyWorld) -> Iterator[Fleet]:
         yield running
 
 
+@pytest.mark.slow
 def test_no_request_is_answered_in_another_way_than_the_documentation_says(
     fleet: Fleet, tmp_path: Path
 ) -> None:

@@ -100,6 +100,7 @@ def test_embeddings_are_those_of_the_live_adapter(
                 speaker.completions.create(model="tiny", prompt="x")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_classifier_swaps_its_head_with_the_adapter(
     cluster: Cluster, world: TinyWorld, folder: Path
@@ -119,6 +120,7 @@ def test_a_classifier_swaps_its_head_with_the_adapter(
                 assert row["num_classes"] == 3
 
 
+@pytest.mark.slow
 def test_a_text_to_text_model_answers_completions_whole_and_streamed(
     cluster: Cluster, world: TinyWorld, folder: Path
 ) -> None:
