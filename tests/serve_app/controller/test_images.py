@@ -247,5 +247,5 @@ def test_what_is_not_needed_leaves_the_shelf_and_can_be_packed_again(
 def test_that_an_image_cannot_be_had_survives_pickle() -> None:
     error = ImageUnavailable("alpha@1", "no space")
     again = pickle.loads(pickle.dumps(error))
-    assert str(again) == "the image of alpha@1 cannot be had: no space"
+    assert str(again) == "the image of alpha@1 is not available: no space"
     assert isinstance(again, HotswapError)
