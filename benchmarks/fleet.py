@@ -47,7 +47,7 @@ from serve_app.controller.deployment import Controller
 from serve_app.engine.causal import CausalEngine
 from serve_app.replica.control_loop import ControlLoop
 from serve_app.rollout.plan import CanaryStep, Plan
-from serve_app.rollout.state import Desired
+from serve_app.rollout.state import Desired, ReplicaState
 from serve_app.settings import Settings
 from serve_app.wire.reports import Answer, Report
 
@@ -62,12 +62,11 @@ COLORS = {"held": "green", "missed": "yellow", "reported": "dim"}
 
 
 class Shadow:
-    """A replica that has done what it is told as soon as it hears of it."""
+    """A replica that does at once what a document asks for."""
 
     def __init__(self, name: str, layout: Layout, stable: Revision) -> None:
         self._name, self._layout = name, layout
-        self._holds = stable
-        self._staged: Revision | None = None
+        self._stable = stable.key
         self._acting_on: Desired | None = None
 
     async def run(self, controller: Controller) -> None:
@@ -77,8 +76,6 @@ class Shadow:
                 await controller.join(self._name, self._layout)
             elif (want := answer.desired) is not None:
                 self._acting_on = want
-                self._holds = Revision.parse(want.hold)
-                self._staged = None if want.stage is None else Revision.parse(want.stage)
 
     def _report(self) -> Report:
         want = self._acting_on
@@ -86,17 +83,19 @@ class Shadow:
             replica=self._name,
             layout=self._layout.fingerprint,
             acting_on=want,
-            holds=self._holds,
-            staged=self._staged,
-            serving=want is not None,
-            failure=None,
+            state=ReplicaState(
+                holds=self._stable if want is None else want.hold,
+                staged=None if want is None else want.stage,
+                serving=want is not None,
+                also_serves=() if want is None else want.also_serves,
+                traffic=None if want is None else want.traffic,
+            ),
             running=0,
             recompiles=0,
             limit_hits=0,
             last_swap=None,
             pid=0,
             node="",
-            also_serves=tuple(map(Revision.parse, want.also_serves)) if want else (),
         )
 
 

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from hotswap_lib import Revision
 from serve_app.controller.canary_stats import CanaryStats
 from serve_app.rollout.analysis import Verdict
-from serve_app.rollout.machine import traffic
-from serve_app.rollout.state import Fleet, Rollout, State
+from serve_app.rollout.canary import traffic
+from serve_app.rollout.state import Fleet, ReplicaState, Rollout, State
 from serve_app.rollout.walk import progress
 from serve_app.wire.admin import (
     CanaryView,
@@ -99,8 +99,9 @@ def fleet_view(
 ) -> FleetView:
     return FleetView(
         ready=any(
-            observed.serving or (name in reports and reports[name].admits)
-            for name, observed in fleet.observed.items()
+            (seen.state is not None and seen.state.serving)
+            or (name in reports and reports[name].admits)
+            for name, seen in fleet.observed.items()
         ),
         epoch=fleet.epoch,
         generation=fleet.generation,
@@ -125,18 +126,19 @@ def _replica_view(fleet: Fleet, name: str, report: Report | None, *, at: float) 
         return ReplicaView(
             id=name, revision=None, assigned=assigned, last_seen_s=at - observed.seen_at
         )
+    state = report.state
     return ReplicaView(
         id=name,
-        revision=str(report.holds),
-        serves=[str(revision) for revision in report.serves],
+        revision=None if state.holds is None else _short(state.holds),
+        serves=[_short(revision) for revision in state.served],
         lanes=list(report.lanes),
         assigned=assigned,
-        staged=None if report.staged is None else str(report.staged),
-        serving=report.serving,
+        staged=None if state.staged is None else _short(state.staged),
+        serving=state.serving,
         running=report.running,
         recompiles=report.recompiles,
         limit_hits=report.limit_hits,
-        failure=_failure(report),
+        failure=_failure(state),
         last_swap=report.last_swap,
         start=report.start,
         last_seen_s=round(at - observed.seen_at, 3),
@@ -145,9 +147,9 @@ def _replica_view(fleet: Fleet, name: str, report: Report | None, *, at: float) 
     )
 
 
-def _failure(report: Report) -> str | None:
-    reasons = [] if report.failure is None else [report.failure.reason]
-    reasons += [f"{_short(one.revision)}: {one.reason}" for one in report.refused]
+def _failure(state: ReplicaState) -> str | None:
+    reasons = [] if state.failure is None else [state.failure.reason]
+    reasons += [f"{_short(one.revision)}: {one.reason}" for one in state.refused]
     return "; ".join(reasons) or None
 
 

@@ -120,7 +120,7 @@ class LoadedAdapters:
         """How many said last that they serve it; some may have been told to drop it since."""
         last = self._reports.last()
         return sum(
-            revision in (one.key for one in last[replica].serves)
+            revision in last[replica].state.served
             for replica in self._desired_state.fleet.observed
             if replica in last
         )
@@ -150,7 +150,7 @@ class LoadedAdapters:
         for replica, line in self._reports.items():
             if said_before.get(replica) is line:  # it was asked again since
                 continue
-            for failure in line.report.refused:
+            for failure in line.report.state.refused:
                 if failure.revision == revision and failure.generation >= since:
                     why = f"replica {replica}: {failure.reason}"
                     raise AdapterLoadFailed(_short(revision), why)

@@ -23,11 +23,11 @@ class OpenReport:
 
     def serves(self, revision: str) -> bool:
         """It said so, and was told nothing since that could have changed it."""
-        return self.told is None and revision in (one.key for one in self.report.serves)
+        return self.told is None and revision in self.report.state.served
 
     def names(self, revision: str) -> bool:
         """It may let requests in that name this revision, although it is not its default."""
-        return self.told is not None or revision in (one.key for one in self.report.also_serves)
+        return self.told is not None or revision in self.report.state.also_serves
 
 
 class OpenReports:

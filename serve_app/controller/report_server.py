@@ -21,9 +21,10 @@ from serve_app.controller.desired_state import Check, DesiredState, known
 from serve_app.controller.images import AdapterStore, ImageShelf, Put
 from serve_app.controller.journal import Journal
 from serve_app.controller.open_reports import OpenReport, OpenReports
+from serve_app.rollout.documents import Documents
 from serve_app.rollout.events import Event, Heard, Left, Reported, Ticked
-from serve_app.rollout.machine import Documents, silent
-from serve_app.rollout.state import Desired, Failure, Fleet
+from serve_app.rollout.machine import silent
+from serve_app.rollout.state import Desired, Fleet
 from serve_app.settings import Settings
 from serve_app.wire.errors import Fenced, ImageUnavailable
 from serve_app.wire.reports import Answer, Report
@@ -77,18 +78,7 @@ class ReportServer:
         self._canary_stats.hear(report)
         if report.acting_on is not None and not self._desired_state.knows(report.acting_on):
             await self._see_through(self._learn())
-        await self._hear(
-            Reported(
-                replica=report.replica,
-                holds=report.holds.key,
-                staged=None if report.staged is None else report.staged.key,
-                serving=report.serving,
-                failure=report.failure or self._of_canary(report),
-                also_serves=tuple(one.key for one in report.also_serves),
-                traffic=None if report.acting_on is None else report.acting_on.traffic,
-                at=time.time(),
-            )
-        )
+        await self._hear(Reported(replica=report.replica, state=report.state, at=time.time()))
         if not self._has_news(line):
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.poll_s):
@@ -235,12 +225,6 @@ class ReportServer:
         except Exception as error:  # they only take up space
             logger.warning(f"could not delete the adapters {sorted(gone)}: {error}")
 
-    def _of_canary(self, report: Report) -> Failure | None:
-        """Beside the default a canary fails a rollout; what else is refused there fails none."""
-        rollout = self._fleet.running
-        mine = [one for one in report.refused if rollout and one.revision == rollout.target]
-        return mine[0] if mine else None
-
     def _has_news(self, line: OpenReport) -> bool:
         """Whether the replica acts on something else than what it shall do."""
         has, want = line.report.acting_on, self._desired(line.report.replica)
@@ -287,6 +271,5 @@ class _Inbox:
 
 def _failed(report: Report, want: Desired) -> bool:
     """Whether something that it shall have is missing because it could not bring it there."""
-    failures = [*report.refused, *([] if report.failure is None else [report.failure])]
-    wanted = (want.hold, want.stage, *want.also_serves)
-    return any(failure.revision in wanted for failure in failures)
+    wanted = {want.hold, *want.also_serves, *([] if want.stage is None else [want.stage])}
+    return any(report.state.failures_of(revision) for revision in wanted)

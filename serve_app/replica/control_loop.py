@@ -21,7 +21,7 @@ from hotswap_lib import Layout, Revision
 from serve_app.engine.engine import Engine
 from serve_app.engine.steps import Cutover
 from serve_app.replica.staging import Brought, Staging
-from serve_app.rollout.state import Desired, Failure
+from serve_app.rollout.state import Desired, Failure, ReplicaState
 from serve_app.wire.admin import StartView, SwapView
 from serve_app.wire.reports import Answer, Report
 from serve_app.wire.routing_stats import routing_stats
@@ -135,22 +135,26 @@ class ControlLoop:
     def _report(self) -> Report:
         engine, want = self._engine, self._acting_on
         assigned = want is not None and engine.default.key == want.hold
+        staged = self._staged()
         return Report(
             replica=self._replica,
             layout=engine.slot.layout.fingerprint,
             acting_on=want,
-            holds=engine.default,
-            staged=self._staged(),
-            serving=assigned and engine.admission.is_open,
-            failure=self._failure,
+            state=ReplicaState(
+                holds=engine.default.key,
+                staged=None if staged is None else staged.key,
+                serving=assigned and engine.admission.is_open,
+                failure=self._failure,
+                also_serves=tuple(revision.key for revision in engine.serves[1:]),
+                refused=tuple(self._refused.values()),
+                traffic=None if want is None else want.traffic,
+            ),
             running=engine.admission.running,
             recompiles=engine.guard.recompiles,
             limit_hits=engine.guard.limit_hits,
             last_swap=self._last_swap,
             pid=os.getpid(),
             node=self._node,
-            also_serves=engine.serves[1:],
-            refused=tuple(self._refused.values()),
             admits=engine.admission.is_open,
             lanes=engine.lanes(),
             start=self._start,

@@ -99,8 +99,9 @@ def _placed(fleet: Fleet, rollout: Rollout) -> bool:
         return 0 < wanted <= sum(in_service(fleet, r) for r in _on_it(fleet, rollout))
     now, failed = traffic(fleet), broken(fleet)  # a stable that is broken holds up nobody
     return bool(fleet.observed) and all(
-        seen.traffic == now
-        and rollout.target in (seen.holds, *seen.also_serves)
+        seen.state is not None
+        and seen.state.traffic == now
+        and rollout.target in seen.state.served
         and (r in failed or in_service(fleet, r))
         for r, seen in fleet.observed.items()
     )
@@ -129,8 +130,8 @@ def _weight(fleet: Fleet, rollout: Rollout) -> float:
         return 0.0
     if _placement(rollout) == "shared":
         return _asked(rollout)
-    # who was not heard since a restart does what it did before, as far as anybody knows
-    live = {r for r, seen in fleet.observed.items() if in_service(fleet, r) or not seen.heard}
+    # a replica without a report since a restart most likely does what it did before
+    live = {r for r, seen in fleet.observed.items() if in_service(fleet, r) or not seen.state}
     there = len(live & _on_it(fleet, rollout))
     if 0 < _canaries(fleet, rollout) <= there:
         return _asked(rollout)

@@ -40,23 +40,6 @@ class Documents:
         return self._made[hold]
 
 
-def desired(fleet: Fleet, replica: str) -> Desired:
-    """What `replica` shall hold now."""
-    return Documents(fleet).of(replica)
-
-
-def pending(fleet: Fleet) -> dict[str, Desired]:
-    """The commands: every known replica whose observed state is not yet the desired one."""
-    commands, documents = {}, Documents(fleet)
-    for replica, observed in fleet.observed.items():
-        want = documents.of(replica)
-        ready = observed.serves(want.hold) and set(observed.also_serves) == set(want.also_serves)
-        ready = ready and observed.traffic == want.traffic
-        if not ready or (want.stage is not None and not observed.has(want.stage)):
-            commands[replica] = want
-    return commands
-
-
 def _beside(fleet: Fleet, now: Traffic | None) -> tuple[str, ...]:
     """What every replica serves for requests that name it, or that a canary's share goes to."""
     if now is None or now.placement == "dedicated" or now.weight == 0:

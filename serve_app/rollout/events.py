@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from serve_app.rollout.analysis import Verdict
 from serve_app.rollout.plan import Plan
-from serve_app.rollout.state import Failure, Traffic
+from serve_app.rollout.state import ReplicaState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,15 +74,10 @@ class UnloadRequested(UserRequest):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reported:
-    """A replica said what it holds. An unknown replica joins with it."""
+    """A replica reported its state. With its first report it joins the fleet."""
 
     replica: str
-    holds: str | None
-    staged: str | None
-    serving: bool
-    failure: Failure | None
-    also_serves: tuple[str, ...] = ()
-    traffic: Traffic | None = None
+    state: ReplicaState
     at: float
 
 

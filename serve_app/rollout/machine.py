@@ -19,13 +19,11 @@ from typing import TypeVar, assert_never
 
 from serve_app.rollout import requests
 from serve_app.rollout.canary import hold_step, judge, place, traffic
-from serve_app.rollout.documents import Documents, desired, pending
 from serve_app.rollout.events import Event, Heard, Judged, Left, Reported, Ticked
 from serve_app.rollout.state import Fleet, Observed, Rollout, State
 from serve_app.rollout.walk import fail, to
 from serve_app.rollout.waves import all_serve, all_to_stable, broken, having, idle, send
 
-__all__ = ["Documents", "advance", "desired", "pending", "silent", "traffic"]
 V = TypeVar("V")
 
 
@@ -77,19 +75,7 @@ def _apply(fleet: Fleet, event: Event) -> Fleet:
 
 
 def _hear(fleet: Fleet, reports: Sequence[Reported]) -> Fleet:
-    seen = {
-        report.replica: Observed(
-            heard=True,
-            holds=report.holds,
-            staged=report.staged,
-            serving=report.serving,
-            failure=report.failure,
-            also_serves=report.also_serves,
-            traffic=report.traffic,
-            seen_at=report.at,
-        )
-        for report in reports
-    }
+    seen = {report.replica: Observed(state=report.state, seen_at=report.at) for report in reports}
     # a late joiner gets stable: what it has never held is proven on others first
     joined = {replica: fleet.stable for replica in seen if replica not in fleet.assigned}
     return replace(
@@ -157,12 +143,14 @@ def _abort(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
     alone, now = {*fleet.loaded, fleet.stable}, traffic(fleet)
     # that it goes by the traffic of now shows that it has heard that this is taken back
     if all_serve(fleet, fleet.stable) and all(
-        seen.traffic == now and (rollout.target in alone or rollout.target not in seen.also_serves)
+        seen.state is not None
+        and seen.state.traffic == now
+        and (rollout.target in alone or rollout.target not in seen.state.also_serves)
         for seen in fleet.observed.values()
     ):
         return to(all_to_stable(fleet), State.ABORTED, at=at)
     for replica, observed in fleet.observed.items():
-        failure = observed.failure
+        failure = None if observed.state is None else observed.state.failure
         if failure and failure.revision == fleet.stable and failure.generation > rollout.since:
             reason = f"{rollout.reason}; then {replica} could not go back: {failure.reason}"
             return to(all_to_stable(fleet), State.FAILED, at=at, reason=reason)
@@ -171,10 +159,11 @@ def _abort(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
 
 
 def _why_fail(fleet: Fleet, rollout: Rollout, *, at: float) -> str | None:
+    # also of a shared canary; a loaded adapter that is not the target fails no rollout
     for replica, observed in fleet.observed.items():
-        failure = observed.failure
-        if failure and failure.revision == rollout.target and failure.generation >= rollout.since:
-            return f"replica {replica}: {failure.reason}"
+        for failure in observed.failures_of(rollout.target):
+            if failure.generation >= rollout.since:
+                return f"replica {replica}: {failure.reason}"
     if at >= rollout.deadline_at:
         what = "it" if rollout.current is None else f"step {rollout.step + 1}"
         why = "" if rollout.unclear is None else f": {rollout.unclear.why}"

@@ -97,29 +97,62 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Observed:
-    """What a replica said last. `serving`: its revision is committed, verified, and it admits.
+class ReplicaState:
+    """The state of one replica, as the replica reports it.
 
-    `also_serves`: what it answers with, too, when a request names it. `traffic`: what it goes by.
-    `outdated`: it was sent to another revision after it said that, and may be anywhere by now.
-    `heard`: it said something; else it is expected back since a restart, and nothing is known.
+    Attributes:
+        holds: the default revision, for requests that name none. None: no revision yet.
+        staged: the revision that is staged for a later commit.
+        serving: `holds` is the revision that it was assigned, is verified, and requests are let in.
+        failure: the error of the default or of the staged revision.
+        also_serves: further revisions, for requests that name them or for a canary's share.
+        refused: the errors of revisions that it was to serve besides its default.
+        traffic: the traffic split that it applies.
     """
 
-    heard: bool = False
-    holds: str | None = None
+    holds: str | None
     staged: str | None = None
     serving: bool = False
     failure: Failure | None = None
     also_serves: tuple[str, ...] = ()
+    refused: tuple[Failure, ...] = ()
     traffic: Traffic | None = None
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """Every revision that requests can run on, the default first."""
+        return (*(() if self.holds is None else (self.holds,)), *self.also_serves)
+
+    def failures_of(self, revision: str) -> list[Failure]:
+        every = (*(() if self.failure is None else (self.failure,)), *self.refused)
+        return [failure for failure in every if failure.revision == revision]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """The last report of a replica.
+
+    Attributes:
+        state: None: no report since the controller was restarted; the replica is expected back.
+        outdated: it was assigned another revision since the report.
+        seen_at: when it reported.
+    """
+
+    state: ReplicaState | None = None
     outdated: bool = False
     seen_at: float = 0.0
 
     def has(self, revision: str) -> bool:
-        return revision in (self.holds, self.staged, *self.also_serves)
+        """Returns True if the revision is served or staged."""
+        return self.state is not None and revision in (self.state.staged, *self.state.served)
 
     def serves(self, revision: str) -> bool:
-        return self.serving and self.holds == revision and not self.outdated
+        """Returns True if it is the default, and no newer assignment may have changed that."""
+        state = self.state
+        return state is not None and state.serving and state.holds == revision and not self.outdated
+
+    def failures_of(self, revision: str) -> list[Failure]:
+        return [] if self.state is None else self.state.failures_of(revision)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

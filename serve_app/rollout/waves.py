@@ -55,7 +55,7 @@ def in_service(fleet: Fleet, replica: str) -> bool:
 
 def idle(fleet: Fleet) -> set[str]:
     """Those known not to serve; calling them back takes nobody out of service."""
-    return {r for r, seen in fleet.observed.items() if seen.heard and not in_service(fleet, r)}
+    return {r for r, seen in fleet.observed.items() if seen.state and not in_service(fleet, r)}
 
 
 def broken(fleet: Fleet) -> set[str]:
@@ -63,7 +63,9 @@ def broken(fleet: Fleet) -> set[str]:
     return {
         r
         for r, seen in fleet.observed.items()
-        if seen.failure is not None and seen.failure.revision == fleet.assigned[r]
+        if seen.state is not None
+        and seen.state.failure is not None
+        and seen.state.failure.revision == fleet.assigned[r]
     }
 
 

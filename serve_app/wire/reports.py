@@ -11,47 +11,39 @@ from dataclasses import dataclass, field
 
 import ray
 
-from hotswap_lib import HotswapError, Revision
-from serve_app.rollout.state import Desired, Failure
+from hotswap_lib import HotswapError
+from serve_app.rollout.state import Desired, ReplicaState
 from serve_app.wire.admin import LaneView, StartView, SwapView
 from serve_app.wire.request_stats import RequestStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a replica holds, and which document it acts on.
+    """The state of a replica, and the document that it acts on.
 
-    `holds`: for requests that name no revision; `also_serves`: for those that name one, and `refused`
-    what it could not bring there. `serving`: it holds what it shall, and lets requests in.
-    `admits`: it lets requests in, maybe still on what it held before. `tallies`: what became of the
-    requests of `step_id`, by revision.
+    Attributes:
+        layout: the fingerprint of its layout; images are packed for a layout.
+        acting_on: the newest document that it has accepted.
+        running: requests in generation.
+        admits: it lets requests in, maybe still on the revision that it held before.
+        request_stats: of the requests of the canary step `step_id`, by revision.
     """
 
     replica: str
-    layout: str  # fingerprint; images are packed for a layout
+    layout: str
     acting_on: Desired | None
-    holds: Revision
-    staged: Revision | None
-    serving: bool
-    failure: Failure | None
+    state: ReplicaState
     running: int
     recompiles: int
     limit_hits: int
     last_swap: SwapView | None
     pid: int
     node: str
-    also_serves: tuple[Revision, ...] = ()
-    refused: tuple[Failure, ...] = ()
     admits: bool = False
     lanes: tuple[LaneView, ...] = ()
     start: StartView | None = None
     step_id: str | None = None
     request_stats: dict[str, RequestStats] = field(default_factory=dict)
-
-    @property
-    def serves(self) -> tuple[Revision, ...]:
-        """What it answers with: `holds` first, then those beside it."""
-        return self.holds, *self.also_serves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hotswap_lib import Revision
 from serve_app.controller.canary_stats import CanaryStats
+from serve_app.rollout.state import ReplicaState
 from serve_app.wire.reports import Report
 from serve_app.wire.request_stats import RequestStats
 
@@ -15,10 +15,7 @@ def report(replica: str, step_id: str | None = TRIAL, **request_stats: RequestSt
         replica=replica,
         layout="layout",
         acting_on=None,
-        holds=Revision("alpha", "1234abcd" * 8),
-        staged=None,
-        serving=True,
-        failure=None,
+        state=ReplicaState(holds="alpha@1"),
         running=0,
         recompiles=0,
         limit_hits=0,

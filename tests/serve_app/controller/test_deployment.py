@@ -19,9 +19,9 @@ from serve_app.controller.images import AdapterStore
 from serve_app.controller.journal import Journal, JournalEntry
 from serve_app.engine.admission import DrainTimeout
 from serve_app.replica.control_loop import ControlLoop
+from serve_app.rollout.documents import Documents
 from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
-from serve_app.rollout.machine import desired
-from serve_app.rollout.state import Desired, Failure
+from serve_app.rollout.state import Desired, Failure, ReplicaState
 from serve_app.settings import Settings
 from serve_app.wire.admin import AdapterView, CanaryView, RolloutView
 from serve_app.wire.errors import (
@@ -178,24 +178,26 @@ class Hall:
 
 
 def report(
-    layout: Layout, *, acting_on: Desired | None = None, holds: Revision = BASE, **more: Any
+    layout: Layout,
+    *,
+    replica: str = "r1",
+    acting_on: Desired | None = None,
+    holds: Revision = BASE,
+    **state: Any,
 ) -> Report:
-    said: dict[str, Any] = {
-        "replica": "r1",
-        "layout": layout.fingerprint,
-        "acting_on": acting_on,
-        "holds": holds,
-        "staged": None,
-        "serving": acting_on is not None,
-        "failure": None,
-        "running": 0,
-        "recompiles": 0,
-        "limit_hits": 0,
-        "last_swap": None,
-        "pid": 1,
-        "node": "n",
-    }
-    return Report(**{**said, **more})
+    said: dict[str, Any] = {"holds": holds.key, "serving": acting_on is not None} | state
+    return Report(
+        replica=replica,
+        layout=layout.fingerprint,
+        acting_on=acting_on,
+        state=ReplicaState(**said),
+        running=0,
+        recompiles=0,
+        limit_hits=0,
+        last_swap=None,
+        pid=1,
+        node="n",
+    )
 
 
 # ---- the open report ----------------------------------------------------------------------------
@@ -656,13 +658,13 @@ def test_a_restarted_controller_decides_nothing_before_every_replica_was_heard(
             running = await hall.roll("beta")
             await hall.restart()
             await hall.join("r1", layout)
-            heard = report(layout, replica="r1", staged=beta)
+            heard = report(layout, replica="r1", staged=beta.key)
             answer = await hall.report(heard)
             assert answer.desired is not None
             assert (answer.desired.epoch, answer.desired.hold) == (2, BASE.key)
             for _ in range(3):
                 with suppress(TimeoutError):
-                    ready = report(layout, acting_on=answer.desired, staged=beta)
+                    ready = report(layout, acting_on=answer.desired, staged=beta.key)
                     await asyncio.wait_for(hall.report(ready), 0.05)
             assert (await hall.controller.rollout(running.id)).state == "staging"
             assert set(hall.journal()["assigned"].values()) == {BASE.key}
@@ -1419,8 +1421,8 @@ def test_a_report_from_before_the_replica_was_told_something_else_is_not_believe
             await introduced(hall, layout)
             loading = asyncio.create_task(hall.load("alpha"))
             await until(lambda: bool(hall.controller._fleet.loaded))
-            with_it = desired(hall.controller._fleet, "r1")
-            serves = report(layout, acting_on=with_it, also_serves=(alpha,))
+            with_it = Documents(hall.controller._fleet).of("r1")
+            serves = report(layout, acting_on=with_it, also_serves=(alpha.key,))
             open_report = asyncio.create_task(hall.report(serves))
             await asyncio.wait_for(loading, 5)
             unloading = asyncio.create_task(hall.controller.unload_adapter("alpha"))
@@ -1435,7 +1437,7 @@ def test_a_report_from_before_the_replica_was_told_something_else_is_not_believe
             without = report(layout, acting_on=answer.desired)
             answer = await asyncio.wait_for(hall.report(without), 5)
             assert answer.desired is not None
-            last = report(layout, acting_on=answer.desired, also_serves=(alpha,))
+            last = report(layout, acting_on=answer.desired, also_serves=(alpha.key,))
             open_report = asyncio.create_task(hall.report(last))
             assert (await asyncio.wait_for(again, 5)).ready == 1
             open_report.cancel()
@@ -1526,7 +1528,7 @@ def test_an_adapter_that_cannot_be_packed_any_more_keeps_no_replica_from_its_def
             await hall.until_serving("r1", "r2")
             assert hall.also_serves() == [{"alpha"}, set()]
             reports = hall.controller._reports.last
-            await until(lambda: bool(reports()["r2"].refused))
+            await until(lambda: bool(reports()["r2"].state.refused))
             fleet = await hall.controller.fleet()
             assert str(fleet.replicas[1].failure).startswith(f"{loaded.revision}: ")
             [view] = await hall.controller.adapters()

@@ -14,11 +14,11 @@ import pytest
 from hotswap_lib import BASE
 from serve_app.controller.desired_state import DesiredState, known
 from serve_app.controller.journal import Journal, JournalEntry
+from serve_app.rollout.documents import Documents
 from serve_app.rollout.errors import IllegalEvent
 from serve_app.rollout.events import LoadRequested, Reported
-from serve_app.rollout.machine import Documents
 from serve_app.rollout.plan import Plan
-from serve_app.rollout.state import Desired, Fleet, Rollout, State, Traffic
+from serve_app.rollout.state import Desired, Fleet, ReplicaState, Rollout, State, Traffic
 from serve_app.wire.errors import Fenced
 
 A, B, C = (f"{name}@{digit * 64}" for name, digit in (("a", "1"), ("b", "2"), ("c", "3")))
@@ -53,9 +53,8 @@ def acts_on(epoch: int, generation: int, *, stable: str = A, **more: Any) -> Des
 
 
 def heard(replica: str = "r1", *, holds: str = A) -> Reported:
-    return Reported(
-        replica=replica, holds=holds, staged=None, serving=True, failure=None, at=time.time()
-    )
+    state = ReplicaState(holds=holds, serving=True)
+    return Reported(replica=replica, state=state, at=time.time())
 
 
 def load(revision: str, *, instead_of: str | None = None) -> LoadRequested:

@@ -9,7 +9,16 @@ from serve_app.controller.canary_stats import CanaryStats
 from serve_app.controller.fleet_view import fleet_view, rollout_view
 from serve_app.rollout.analysis import Measurement, Outcome, Verdict
 from serve_app.rollout.plan import CanaryStep, Plan
-from serve_app.rollout.state import Failure, Fleet, Observed, Pause, Progress, Rollout, State
+from serve_app.rollout.state import (
+    Failure,
+    Fleet,
+    Observed,
+    Pause,
+    Progress,
+    ReplicaState,
+    Rollout,
+    State,
+)
 from serve_app.wire.admin import FleetView, LaneView, StartView, SwapView
 from serve_app.wire.reports import Report
 
@@ -30,8 +39,10 @@ FLEET = Fleet(
     rollout=RUNNING,
     history=(OLD.key,),
     observed={
-        "r2": Observed(holds=OLD.key, staged=NEW.key, serving=True, seen_at=99.0),
-        "r1": Observed(holds=NEW.key, serving=True, seen_at=98.5),
+        "r2": Observed(
+            state=ReplicaState(holds=OLD.key, staged=NEW.key, serving=True), seen_at=99.0
+        ),
+        "r1": Observed(state=ReplicaState(holds=NEW.key, serving=True), seen_at=98.5),
     },
 )
 TENANT = Revision("tenant", "3" * 64)
@@ -45,18 +56,20 @@ def report(replica: str, *, admits: bool = True) -> Report:
         replica=replica,
         layout="f" * 64,
         acting_on=None,
-        holds=NEW,
-        staged=OLD,
-        serving=True,
-        failure=Failure(revision=NEW.key, reason="no luck", generation=9),
+        state=ReplicaState(
+            holds=NEW.key,
+            staged=OLD.key,
+            serving=True,
+            failure=Failure(revision=NEW.key, reason="no luck", generation=9),
+            also_serves=(TENANT.key,),
+            refused=(Failure(revision=OLD.key, reason="no memory", generation=9),),
+        ),
         running=3,
         recompiles=1,
         limit_hits=2,
         last_swap=SWAP,
         pid=77,
         node="node-1",
-        also_serves=(TENANT,),
-        refused=(Failure(revision=OLD.key, reason="no memory", generation=9),),
         admits=admits,
         lanes=LANES,
         start=START,

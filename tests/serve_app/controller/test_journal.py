@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from serve_app.controller.journal import Journal, JournalEntry, JournalUnreadable
 from serve_app.rollout.plan import Plan
-from serve_app.rollout.state import Fleet, Observed, Progress, Rollout, State
+from serve_app.rollout.state import Fleet, Observed, Progress, ReplicaState, Rollout, State
 from serve_app.wire.errors import Fenced
 from tests.serve_app.fakes import bucket
 
@@ -102,7 +102,7 @@ def test_any_fleet_comes_back_as_it_was_written(
 
 
 def test_what_replicas_hold_is_not_written(tmp_path: Path) -> None:
-    fleet = Fleet(stable="old", observed={"r1": Observed(holds="old", serving=True)})
+    fleet = Fleet(stable="old", observed={"r1": Observed(state=ReplicaState(holds="old"))})
     Journal(str(tmp_path)).write(JournalEntry(fleet=fleet, declared=None, sources={}))
     again = Journal(str(tmp_path)).read()
     assert again is not None

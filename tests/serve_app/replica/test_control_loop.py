@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ObjectLostError
 
-from hotswap_lib import BASE, AdapterImage, Layout
+from hotswap_lib import BASE, AdapterImage, Layout, Revision
 from serve_app.engine.admission import DrainTimeout
 from serve_app.replica.control_loop import ControlLoop
 from serve_app.rollout.plan import InFlight
@@ -109,13 +109,15 @@ class Stage:
 
     async def until_holding(self, name: str) -> None:
         await until(
-            lambda: self.reported(lambda r: r.holds.key == self.key(name) and r.serving),
+            lambda: self.reported(lambda r: r.state.holds == self.key(name) and r.state.serving),
             f"it never served {name}",
         )
 
     async def until_beside(self, *names: str) -> None:
         await until(
-            lambda: self.reported(lambda r: {one.name for one in r.also_serves} == set(names)),
+            lambda: self.reported(
+                lambda r: {key.rpartition("@")[0] for key in r.state.also_serves} == set(names)
+            ),
             f"it never served {names} beside its default",
         )
 
@@ -124,14 +126,14 @@ class Stage:
             lambda: self.reported(
                 lambda r: any(
                     one.revision == self.key(name) and one.generation >= generation
-                    for one in r.refused
+                    for one in r.state.refused
                 )
             ),
             f"{name} was never refused",
         )
 
     async def until_failed(self) -> None:
-        await until(lambda: self.reported(lambda r: r.failure is not None), "it never failed")
+        await until(lambda: self.reported(lambda r: r.state.failure is not None), "it never failed")
 
 
 def never() -> asyncio.Future[AdapterImage]:
@@ -170,7 +172,7 @@ def test_a_replica_is_ready_once_its_first_revision_is_live(stage: Open) -> None
     async def story() -> None:
         async with stage() as one:
             await until(lambda: len(one.controller.reports) == 1)
-            assert not one.controller.last.serving
+            assert not one.controller.last.state.serving
             assert not one.engine.admission.is_open
             one.want("alpha", generation=3)
             await one.lane.ready
@@ -211,14 +213,14 @@ def test_the_target_is_staged_beside_what_is_served_and_committed_only_when_told
             one.want("alpha", generation=1)
             await one.until_holding("alpha")
             one.want("alpha", "beta", generation=2)
-            await until(lambda: one.controller.last.staged is not None)
-            assert one.controller.last.staged.key == one.key("beta")
-            assert one.controller.last.serving
+            await until(lambda: one.controller.last.state.staged is not None)
+            assert one.controller.last.state.staged == one.key("beta")
+            assert one.controller.last.state.serving
             assert one.engine.swaps[-1].startswith("alpha@")
             one.want("beta", "beta", generation=3, beta=never())  # no need to fetch it again
             await one.until_holding("beta")
             assert [name.split("@")[0] for name in one.engine.swaps] == ["alpha", "beta"]
-            await until(lambda: one.controller.last.staged is None)
+            await until(lambda: one.controller.last.state.staged is None)
 
     asyncio.run(story())
 
@@ -230,7 +232,7 @@ def test_what_shall_be_held_is_committed_before_the_next_image_is_waited_for(
         async with stage() as one:
             one.want("alpha", "beta", generation=1, beta=never())
             await one.until_holding("alpha")
-            assert one.controller.last.staged is None
+            assert one.controller.last.state.staged is None
 
     asyncio.run(story())
 
@@ -247,7 +249,7 @@ def test_an_abort_does_not_wait_for_an_image_that_is_still_on_its_way(stage: Ope
             await until(lambda: one.reported(lambda r: r.acting_on == want))
             await one.until_holding("alpha")
             assert slow.cancelled()
-            assert one.controller.last.failure is None
+            assert one.controller.last.state.failure is None
 
     asyncio.run(story())
 
@@ -260,7 +262,7 @@ def test_an_abort_stops_a_swap_that_still_drains(stage: Open) -> None:
             one.engine.drained.clear()
             one.want("beta", generation=2)
             await until(lambda: not one.engine.admission.is_open)
-            await until(lambda: not one.controller.last.serving)
+            await until(lambda: not one.controller.last.state.serving)
             one.want("alpha", generation=3)
             await one.until_holding("alpha")
             assert one.engine.swaps[-1].startswith("alpha@")
@@ -308,17 +310,17 @@ def test_a_swap_that_fails_is_told_once_with_its_generation_and_the_old_one_serv
             one.engine.faults.append(DrainTimeout(2, 0.5))
             one.want("beta", generation=7)
             await one.until_failed()
-            failure = one.controller.last.failure
+            failure = one.controller.last.state.failure
             assert (failure.revision, failure.generation) == (one.key("beta"), 7)
             assert failure.reason == "2 requests were still running after 0.5 s of drain"
-            assert one.controller.last.holds.key == one.key("alpha")
+            assert one.controller.last.state.holds == one.key("alpha")
             assert one.engine.admission.is_open
             told = len(one.controller.reports)
             await settled()
             assert len(one.controller.reports) == told, "nothing changed, so nothing more to tell"
             one.want("alpha", generation=8)
             await one.until_holding("alpha")
-            assert one.controller.last.failure is None
+            assert one.controller.last.state.failure is None
 
     asyncio.run(story())
 
@@ -331,7 +333,7 @@ def test_an_error_that_nobody_thought_of_is_told_as_well(stage: Open) -> None:
             one.engine.faults.append(RuntimeError("CUDA out of memory"))
             one.want("beta", generation=2)
             await one.until_failed()  # else the fleet waits for the deadline and never learns why
-            assert one.controller.last.failure.reason == "CUDA out of memory"
+            assert one.controller.last.state.failure.reason == "CUDA out of memory"
 
     asyncio.run(story())
 
@@ -352,8 +354,8 @@ def test_an_image_of_another_layout_is_a_failure_and_not_a_crash(stage: Open) ->
             )
             one.want("alpha", "beta", generation=2, beta=FakeRef(foreign))
             await one.until_failed()
-            assert "packed for layout 00000000" in one.controller.last.failure.reason
-            assert one.controller.last.serving
+            assert "packed for layout 00000000" in one.controller.last.state.failure.reason
+            assert one.controller.last.state.serving
 
     asyncio.run(story())
 
@@ -367,7 +369,7 @@ def test_a_revision_that_the_controller_could_not_pack_is_a_failure_with_its_rea
             await one.until_holding("alpha")
             one.want("alpha", "beta", generation=2, beta=RevisionLost("beta@1", "/there"))
             await one.until_failed()
-            assert one.controller.last.failure.reason == str(RevisionLost("beta@1", "/there"))
+            assert one.controller.last.state.failure.reason == str(RevisionLost("beta@1", "/there"))
 
     asyncio.run(story())
 
@@ -378,7 +380,7 @@ def test_an_image_that_was_lost_is_asked_for_again_and_is_no_failure(stage: Open
             one.want("alpha", generation=1, alpha=lost())
             await until(lambda: len(one.controller.reports) >= 3)
             assert one.controller.last.acting_on is None
-            assert one.controller.last.failure is None
+            assert one.controller.last.state.failure is None
             one.want("alpha", generation=1)
             await one.until_holding("alpha")
 
@@ -406,7 +408,7 @@ def test_a_replica_that_cannot_hold_stable_waits_for_the_rollout_that_is_under_w
             one.want("alpha", "beta", generation=1, alpha=gone)
             await one.until_failed()
             assert not one.lane.ready.done()
-            await until(lambda: one.controller.last.staged is not None)
+            await until(lambda: one.controller.last.state.staged is not None)
             one.want("beta", "beta", generation=2)
             await one.lane.ready
             await one.until_holding("beta")
@@ -461,10 +463,10 @@ def test_what_shall_be_served_beside_is_and_what_shall_not_is_dropped(stage: Ope
         async with stage() as one:
             one.want("alpha", generation=1, also_serves=("beta", "gamma"))
             await one.until_beside("beta", "gamma")
-            assert one.controller.last.serving
-            assert one.controller.last.holds.key == one.key("alpha")
+            assert one.controller.last.state.serving
+            assert one.controller.last.state.holds == one.key("alpha")
             assert {lane.revision for lane in one.controller.last.lanes} == {
-                str(revision) for revision in one.controller.last.serves
+                str(Revision.parse(key)) for key in one.controller.last.state.served
             }
             one.want("alpha", generation=2, also_serves=("gamma",))
             await one.until_beside("gamma")
@@ -497,10 +499,10 @@ def test_one_that_cannot_be_served_beside_is_told_and_disturbs_nobody(stage: Ope
             one.want("alpha", generation=4, also_serves=("beta", "gamma"))
             await one.lane.ready
             await one.until_refused("beta")
-            [refused] = one.controller.last.refused
+            [refused] = one.controller.last.state.refused
             assert (refused.reason, refused.generation) == ("CUDA out of memory", 4)
-            assert one.controller.last.failure is None
-            assert one.controller.last.serving
+            assert one.controller.last.state.failure is None
+            assert one.controller.last.state.serving
             await one.until_beside("gamma")
 
     asyncio.run(story())
@@ -512,9 +514,9 @@ def test_an_image_beside_that_does_not_come_keeps_nothing_else_waiting(stage: Op
             stuck = never()
             one.want("alpha", "beta", generation=1, also_serves=("gamma",), gamma=stuck)
             await one.until_refused("gamma")
-            [refused] = one.controller.last.refused
+            [refused] = one.controller.last.state.refused
             assert refused.reason == "its image did not come within 0.2 s"
-            await until(lambda: one.reported(lambda r: r.staged is not None))
+            await until(lambda: one.reported(lambda r: r.state.staged is not None))
             assert one.lane.ready.done()
 
     asyncio.run(story())
@@ -534,7 +536,7 @@ def test_one_whose_image_is_not_to_be_had_is_tried_again_with_the_next_document(
                 "alpha", generation=1, also_serves=("beta",)
             )  # the controller says it once more
             await one.until_beside("beta")
-            await until(lambda: one.controller.last.refused == ())
+            await until(lambda: one.controller.last.state.refused == ())
 
     asyncio.run(story())
 
@@ -547,7 +549,7 @@ def test_what_is_wanted_no_more_is_no_failure_any_more(stage: Open) -> None:
             )
             await one.until_refused("beta")
             one.want("alpha", generation=2)
-            await until(lambda: one.controller.last.refused == ())
+            await until(lambda: one.controller.last.state.refused == ())
 
     asyncio.run(story())
 
@@ -593,7 +595,7 @@ def test_a_document_with_other_tenants_does_not_start_a_drain_over(stage: Open) 
             assert not one.engine.admission.is_open
             one.engine.drained.set()
             await one.until_beside("gamma")
-            assert one.controller.last.holds.key == one.key("beta")
+            assert one.controller.last.state.holds == one.key("beta")
             assert one.engine.policies == ["drain", "drain"]
 
     asyncio.run(story())
@@ -611,7 +613,7 @@ def test_an_image_on_its_way_is_not_sent_for_again_because_something_else_change
             await one.until_beside("gamma")
             assert not slow.cancelled()
             slow.set_result(one.images["beta"])
-            await until(lambda: one.reported(lambda r: r.staged is not None))
+            await until(lambda: one.reported(lambda r: r.state.staged is not None))
 
     asyncio.run(story())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from serve_app.rollout.events import Reported
-from serve_app.rollout.state import Desired, Failure
+from serve_app.rollout.state import Desired, Failure, ReplicaState
 
 
 @dataclass(slots=True)
@@ -69,25 +69,26 @@ class FakeReplica:
         self.gave_up = True
 
     @property
-    def refused(self) -> Failure | None:
-        """That it cannot serve the canary beside its default; of what else it cannot, no word."""
+    def refused(self) -> tuple[Failure, ...]:
+        """The failures of those that it cannot serve besides its default."""
         doc = self.doc
-        if doc is None or doc.traffic is None or self.holds != doc.hold:
-            return None
-        canary = doc.traffic.canary
-        if canary not in doc.also_serves or canary not in self.cannot:
-            return None
-        return Failure(revision=canary, reason="no lane", generation=doc.generation)
+        if doc is None or self.holds != doc.hold:
+            return ()
+        return tuple(
+            Failure(revision=name, reason="no lane", generation=doc.generation)
+            for name in doc.also_serves
+            if name in self.cannot
+        )
 
     def report(self, *, at: float) -> Reported:
         assigned = self.doc is not None and self.doc.hold == self.holds
-        return Reported(
-            replica=self.name,
+        state = ReplicaState(
             holds=self.holds,
             staged=self.staged,
             serving=assigned and self.is_open,
-            failure=self.failure or self.refused,
+            failure=self.failure,
             also_serves=tuple(sorted(self.also_serves - {self.holds})),
+            refused=self.refused,
             traffic=None if self.doc is None else self.doc.traffic,
-            at=at,
         )
+        return Reported(replica=self.name, state=state, at=at)

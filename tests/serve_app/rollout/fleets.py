@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from serve_app.rollout.analysis import Analysis, Check, Measurement, Outcome, Verdict
+from serve_app.rollout.documents import Documents
 from serve_app.rollout.events import (
     AbortRequested,
     Asked,
@@ -17,9 +18,19 @@ from serve_app.rollout.events import (
     Ticked,
     UnloadRequested,
 )
-from serve_app.rollout.machine import advance, pending
+from serve_app.rollout.machine import advance
 from serve_app.rollout.plan import CanaryStep, InFlight, OnFailure, Placement, Plan, Strategy
-from serve_app.rollout.state import Desired, Failure, Fleet, Pause, Rollout, State, Traffic
+from serve_app.rollout.state import (
+    Desired,
+    Failure,
+    Fleet,
+    Observed,
+    Pause,
+    ReplicaState,
+    Rollout,
+    State,
+    Traffic,
+)
 
 OLD, NEW, OTHER = "old@1", "new@2", "other@3"
 TENANT = "tenant@4"
@@ -95,19 +106,20 @@ def said(
     serving: bool = True,
     failure: Failure | None = None,
     also_serves: tuple[str, ...] = (),
+    refused: tuple[Failure, ...] = (),
     traffic: Traffic | None = None,
     at: float = 11.0,
 ) -> Reported:
-    return Reported(
-        replica=replica,
+    state = ReplicaState(
         holds=holds,
         staged=staged,
         serving=serving,
         failure=failure,
         also_serves=also_serves,
+        refused=refused,
         traffic=traffic,
-        at=at,
     )
+    return Reported(replica=replica, state=state, at=at)
 
 
 def load(
@@ -177,8 +189,35 @@ def fleet_of(count: int) -> Fleet:
 
 def staged_everywhere(fleet: Fleet, target: str = NEW) -> Fleet:
     for replica, seen in fleet.observed.items():
-        fleet = advance(fleet, said(replica, seen.holds, staged=target, serving=seen.serving))
+        assert seen.state is not None
+        state = ReplicaState(holds=seen.state.holds, staged=target, serving=seen.state.serving)
+        fleet = advance(fleet, Reported(replica=replica, state=state, at=11.0))
     return fleet
+
+
+def desired(fleet: Fleet, replica: str) -> Desired:
+    """The document of one replica."""
+    return Documents(fleet).of(replica)
+
+
+def pending(fleet: Fleet) -> dict[str, Desired]:
+    """The documents of replicas whose reported state is not the desired one yet."""
+    return {
+        replica: want
+        for replica, seen in fleet.observed.items()
+        if not _is_as_desired(seen, want := desired(fleet, replica))
+    }
+
+
+def _is_as_desired(seen: Observed, want: Desired) -> bool:
+    state = seen.state
+    return (
+        state is not None
+        and seen.serves(want.hold)
+        and set(state.also_serves) == set(want.also_serves)
+        and state.traffic == want.traffic
+        and (want.stage is None or seen.has(want.stage))
+    )
 
 
 def obeyed(fleet: Fleet, *only: str, at: float = 11.0) -> Fleet:
@@ -206,7 +245,7 @@ def settled(fleet: Fleet, *, at: float = 11.0) -> Fleet:
 def rolled(fleet: Fleet, target: str = NEW) -> Fleet:
     """The same, and then all of them hold `target`."""
     fleet = settled(fleet)
-    assert all(seen.holds == target for seen in fleet.observed.values())
+    assert all(seen.state and seen.state.holds == target for seen in fleet.observed.values())
     return fleet
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from serve_app.rollout.analysis import Outcome
+from serve_app.rollout.canary import traffic
 from serve_app.rollout.events import Judged, Left
-from serve_app.rollout.machine import advance, desired, traffic
+from serve_app.rollout.machine import advance
 from serve_app.rollout.plan import CanaryStep, OnFailure, Placement
 from serve_app.rollout.recovery import restored
 from serve_app.rollout.state import Fleet, Pause, State
@@ -21,6 +22,7 @@ from tests.serve_app.rollout.fleets import (
     ask,
     broken,
     canary,
+    desired,
     fleet_of,
     judged,
     later,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
 from serve_app.rollout.events import Event, Heard, Left, Reported, Ticked
-from serve_app.rollout.machine import advance, desired, pending, silent
+from serve_app.rollout.machine import advance, silent
 from serve_app.rollout.plan import InFlight, Strategy
 from serve_app.rollout.recovery import restored
 from serve_app.rollout.state import TRANSITIONS, Desired, Fleet, Observed, State
@@ -31,8 +31,10 @@ from tests.serve_app.rollout.fleets import (
     ask,
     broken,
     canary,
+    desired,
     fleet_of,
     load,
+    pending,
     rolled,
     said,
     staged_everywhere,
@@ -176,7 +178,7 @@ def test_a_rolling_abort_takes_no_more_replicas_out_than_the_plan_allows() -> No
     for replica in ("r1", "r2", "r3"):
         fleet = advance(fleet, said(replica, NEW, staged=NEW))
     fleet = advance(advance(fleet, said("r4", NEW, serving=False)), abort())
-    serving = {r for r, seen in fleet.observed.items() if seen.serving}
+    serving = {r for r, seen in fleet.observed.items() if seen.state and seen.state.serving}
     assert len([r for r in serving if fleet.assigned[r] == OLD]) <= 1
 
 
@@ -438,7 +440,9 @@ def test_of_two_reports_of_one_replica_the_later_one_counts() -> None:
     fleet = advance(fleet_of(2), ask())
     reports = said("r1", at=11), said("r1", staged=NEW, at=12)
     fleet = advance(fleet, Heard(reports=reports, at=12))
-    assert (fleet.observed["r1"].staged, fleet.observed["r1"].seen_at) == (NEW, 12)
+    seen = fleet.observed["r1"]
+    assert seen.state is not None
+    assert (seen.state.staged, seen.seen_at) == (NEW, 12)
 
 
 a_report = st.builds(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from serve_app.rollout.events import Ticked
-from serve_app.rollout.machine import advance, desired, pending
+from serve_app.rollout.machine import advance
 from serve_app.rollout.recovery import rebuilt, restored
 from serve_app.rollout.state import Desired, Fleet, Observed, State
 from tests.serve_app.rollout.fleets import (
@@ -16,11 +16,13 @@ from tests.serve_app.rollout.fleets import (
     ask,
     broken,
     canary,
+    desired,
     fleet_of,
     later,
     load,
     of,
     pause,
+    pending,
     promote,
     rolled,
     said,

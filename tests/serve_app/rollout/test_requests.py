@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from serve_app.rollout.analysis import Outcome
+from serve_app.rollout.canary import traffic
 from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
 from serve_app.rollout.events import Requested, UserRequest
-from serve_app.rollout.machine import advance, traffic
+from serve_app.rollout.machine import advance
 from serve_app.rollout.plan import OnFailure
 from serve_app.rollout.state import Fleet, Pause, State
 from tests.serve_app.rollout.fleets import (

@@ -16,6 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from serve_app.controller.journal import Journal, JournalEntry
 from serve_app.rollout.analysis import Outcome
 from serve_app.rollout.assignment import canaries
+from serve_app.rollout.canary import traffic
+from serve_app.rollout.documents import Documents
 from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
 from serve_app.rollout.events import (
     AbortRequested,
@@ -31,10 +33,10 @@ from serve_app.rollout.events import (
     Ticked,
     UnloadRequested,
 )
-from serve_app.rollout.machine import Documents, advance, desired, pending, traffic
+from serve_app.rollout.machine import advance
 from serve_app.rollout.plan import CanaryStep, InFlight, OnFailure, Placement, Plan, Strategy
 from serve_app.rollout.recovery import rebuilt, restored
-from serve_app.rollout.state import Desired, Fleet, Observed, Pause, Rollout, State
+from serve_app.rollout.state import Desired, Failure, Fleet, Observed, Pause, Rollout, State
 from tests.serve_app.rollout.fake_replica import FakeReplica
 from tests.serve_app.rollout.fleets import (
     NEW,
@@ -44,9 +46,11 @@ from tests.serve_app.rollout.fleets import (
     WATCHED,
     abort,
     ask,
+    desired,
     judged,
     load,
     pause,
+    pending,
     promote,
     resume,
     retry,
@@ -214,7 +218,7 @@ class WildFleet(RuleBasedStateMachine):
         replica = self.replicas[late.replica]
         if replica.alive and late.replica in self.fleet.observed:
             # the controller sees that it has told the replica something else since
-            self.feed(late if acted_on == replica.doc else replace(late, serving=False))
+            self.feed(late if acted_on == replica.doc else self.overtaken(late))
 
     @rule(which=some_replica)
     def a_replica_dies(self, which: int) -> None:
@@ -247,7 +251,7 @@ class WildFleet(RuleBasedStateMachine):
         if rollout is None or rollout.current is None or not rollout.begun or not fleet.observed:
             return
         failed = rollout.pause is Pause.FAILURE or rollout.state is State.ABORTING
-        if failed or any(seen.failure for seen in fleet.observed.values()):
+        if failed or self.failures():
             return
         on_it = sum(what == rollout.target for what in fleet.assigned.values())
         wanted = canaries(len(fleet.observed), weight=rollout.current.weight)
@@ -434,7 +438,7 @@ class WildFleet(RuleBasedStateMachine):
         assert now.weight == asked or (now.placement == "dedicated" and now.weight < asked)
         on_it = {r for r, what in fleet.assigned.items() if what == rollout.target}
         if now.placement == "dedicated" and now.weight > 0:
-            assert any(r.serves(rollout.target) or not r.heard for r in map(self.seen, on_it))
+            assert any(r.serves(rollout.target) or not r.state for r in map(self.seen, on_it))
         steady = rollout.current is not None and rollout.placed_at is not None
         if steady and now.placement == "shared":
             assert {*fleet.assigned.values()} <= {fleet.stable}
@@ -467,7 +471,7 @@ class WildFleet(RuleBasedStateMachine):
         for report in reports:
             if isinstance(report, Reported) and report.replica not in before.assigned:
                 sent = self.fleet.assigned[report.replica]
-                assert sent == before.stable or report.serving, "a late joiner gets stable"
+                assert sent == before.stable or report.state.serving, "a late joiner gets stable"
 
     def check_steps(self, event: Event, before: Fleet) -> None:
         """A step is left by a promotion, a verdict or when it was held; it never comes back."""
@@ -562,12 +566,11 @@ class WildFleet(RuleBasedStateMachine):
         failed = now.pause is Pause.FAILURE and running.pause is not Pause.FAILURE
         if not failed and now.state not in (State.ABORTING, State.ABORTED, State.FAILED):
             return
-        failures = [seen.failure for seen in self.fleet.observed.values() if seen.failure]
         assert (
             isinstance(event, AbortRequested)
             or (isinstance(event, Judged) and event.verdict.outcome is Outcome.FAIL)
             or event.at >= now.deadline_at
-            or any(failure.revision == running.target for failure in failures)
+            or any(failure.revision == running.target for failure in self.failures())
         )
 
     def check_service(self, before: Fleet) -> None:
@@ -620,6 +623,17 @@ class WildFleet(RuleBasedStateMachine):
             self.refused(event)
         else:
             self.feed(event)
+
+    @staticmethod
+    def overtaken(late: Reported) -> Reported:
+        return replace(late, state=replace(late.state, serving=False))
+
+    def failures(self) -> list[Failure]:
+        """Of the default, of what is staged, and of a canary besides the default."""
+        states = [seen.state for seen in self.fleet.observed.values() if seen.state]
+        found = [state.failure for state in states if state.failure]
+        rollout = self.fleet.running
+        return found + [f for s in states if rollout for f in s.failures_of(rollout.target)]
 
     def seen(self, name: str) -> Observed:
         return self.fleet.observed[name]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hotswap_lib import BASE, AdapterNotFound, Revision
-from serve_app.rollout.state import Desired, Failure
+from serve_app.rollout.state import Desired, Failure, ReplicaState
 from serve_app.wire.admin import LaneView, StartView, SwapView
 from serve_app.wire.reports import Answer, Report
 
@@ -35,18 +35,19 @@ def test_a_report_and_an_answer_arrive_as_they_were_sent() -> None:
         replica="r1",
         layout="f" * 64,
         acting_on=want,
-        holds=BASE,
-        staged=None,
-        serving=True,
-        failure=Failure(revision="x", reason="no", generation=7),
+        state=ReplicaState(
+            holds=BASE.key,
+            serving=True,
+            failure=Failure(revision="x", reason="no", generation=7),
+            also_serves=("x",),
+            refused=(Failure(revision="y", reason="no", generation=7),),
+        ),
         running=3,
         recompiles=0,
         limit_hits=0,
         last_swap=SwapView(revision="base@00000000", commit_us=12.5),
         pid=1,
         node="n",
-        also_serves=(Revision("x", "1" * 64),),
-        refused=(Failure(revision="y", reason="no", generation=7),),
         admits=True,
         lanes=(LaneView(revision="base@00000000", running=2),),
         start=StartView(load_s=1.0, warm_up_s=2.0, compile_cache="miss"),
@@ -55,27 +56,6 @@ def test_a_report_and_an_answer_arrive_as_they_were_sent() -> None:
     refused = Answer(desired=want, refused={"x": AdapterNotFound("x", None, "gone")})
     again = pickle.loads(pickle.dumps(refused))
     assert (again.desired, str(again.refused["x"])) == (want, "adapter 'x': gone")
-
-
-def test_a_replica_serves_what_it_holds_and_what_is_beside_that() -> None:
-    other = Revision("x", "1" * 64)
-    report = Report(
-        replica="r1",
-        layout="f" * 64,
-        acting_on=None,
-        holds=BASE,
-        staged=None,
-        serving=True,
-        failure=None,
-        running=0,
-        recompiles=0,
-        limit_hits=0,
-        last_swap=None,
-        pid=1,
-        node="n",
-        also_serves=(other,),
-    )
-    assert report.serves == (BASE, other)
 
 
 def test_an_answer_that_says_nothing_is_no_news() -> None:
