@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from . import hub, safetensors_bytes
+from .digest import revision_of
 from .errors import AdapterConfigInvalid, AdapterFormatRefused, AdapterNotFound
 from .layout import PREFIX
 from .memory import Bytes, allocate
-from .digest import revision_of
 from .revision import Revision
 
 CONFIG_FILE = "adapter_config.json"
@@ -69,7 +69,7 @@ class Adapter:
         """
         from peft import get_peft_model_state_dict
 
-        from .attachment import show_as_live
+        from .slot_registry import show_as_live
 
         model = getattr(model, "_orig_mod", model)
         peft_config = getattr(model, "peft_config", {})

@@ -11,11 +11,11 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
-from .envelope import Envelope
-from .layers import base_of, lora_layers, refuse_offloaded, saved_modules
-from .layout import BIAS, MAGNITUDE, PREFIX, SAVED, SCALING, Place
 from .digest import tensor_digest
-from .roles import kind, padding, roles
+from .envelope import Envelope
+from .injection import base_of, lora_layers, refuse_offloaded, saved_modules
+from .layer_kinds import kind, padding, roles
+from .layout import BIAS, MAGNITUDE, PREFIX, SAVED, SCALING, Place
 
 
 class Scalings(dict[str, Any]):
