@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from .revision import BASE, Revision
     from .slot import Slot
     from .source import Adapter, load_adapter
-    from .staged import Receipt, Staged
+    from .staging import Receipt, Staged
 
 __all__ = [
     "BASE",
@@ -159,7 +159,7 @@ _HOMES = {
     "revision": ("BASE", "Revision"),
     "slot": ("Slot",),
     "source": ("Adapter", "load_adapter"),
-    "staged": ("Receipt", "Staged"),
+    "staging": ("Receipt", "Staged"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

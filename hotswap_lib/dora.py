@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 
-from .roles import kind
+from .layer_kinds import kind
 
 
 def neutral_magnitude(

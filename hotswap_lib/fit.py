@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .adapter_config import Settings, read_settings, refuse_unsupported
 from .digest import tensor_digest
 from .envelope import Envelope
 from .errors import (
@@ -24,9 +25,8 @@ from .errors import (
     ShapeMismatch,
     TargetOutsideEnvelope,
 )
+from .layer_kinds import LORA_BIAS
 from .layout import BIAS, MAGNITUDE, PREFIX, SAVED, Entry, Layout
-from .roles import LORA_BIAS
-from .settings import Settings, read_settings, refuse_unsupported
 from .source import Adapter
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}

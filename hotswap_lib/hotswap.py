@@ -14,15 +14,15 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel
 
-from . import layers
-from .attachment import find_slot
+from . import injection as layers
 from .envelope import Envelope
 from .errors import AlreadyCompiled, NotPrepared
 from .image import pack
 from .preparation import prepare, smallest_envelope
 from .slot import Slot
+from .slot_registry import find_slot
 from .source import Adapter
-from .staged import Receipt
+from .staging import Receipt
 
 _LOAD_KEYWORDS = ("name", "revision", "token", "cache_dir", "subfolder")
 

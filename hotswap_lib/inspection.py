@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
+from .adapter_config import Settings, read_settings
 from .envelope import Envelope
 from .errors import MissingTensor
 from .fit import fit
 from .layout import MAGNITUDE, PREFIX, SCALING, Layout, Padding, Place, lay_out
 from .revision import Revision
-from .settings import Settings, read_settings
 from .source import Adapter, load_adapter
 
 

@@ -9,12 +9,14 @@ import torch
 import torch._inductor.config
 from peft import PeftModel
 
-from . import attachment, layers, sites
+from . import injection as layers
+from . import slot_registry as attachment
+from . import slot_tensors as sites
+from .adapter_config import read_settings
 from .envelope import Envelope
 from .errors import InvalidEnvelope, NotPrepared
 from .image import null_image, pack
 from .layout import lay_out
-from .settings import read_settings
 from .slot import Slot
 from .source import Adapter
 

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from peft import PeftModel
 
-from . import layers
-from .bond import Bond
+from . import injection as layers
+from .binding_check import Bond
 from .dora import drop_cache, neutral_magnitude
 from .envelope import Envelope
 from .errors import (
@@ -32,8 +32,8 @@ from .image import AdapterImage, as_tensor
 from .layout import SCALING, Block, Entry, Layout
 from .memory import allocate
 from .revision import Revision
-from .sites import Site
-from .staged import Receipt, Staged, published
+from .slot_tensors import Site
+from .staging import Receipt, Staged, published
 
 
 class Slot:

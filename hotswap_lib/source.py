@@ -69,7 +69,7 @@ class Adapter:
         """
         from peft import get_peft_model_state_dict
 
-        from .attachment import show_as_live
+        from .slot_registry import show_as_live
 
         model = getattr(model, "_orig_mod", model)
         peft_config = getattr(model, "peft_config", {})

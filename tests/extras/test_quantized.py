@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from hotswap_lib import BASE, Envelope, InvalidEnvelope, Slot, null_image, pack, prepare
-from hotswap_lib.layers import lora_layers
-from hotswap_lib.roles import kind
+from hotswap_lib.injection import lora_layers
+from hotswap_lib.layer_kinds import kind
 from tests.hotswap_lib.families import IDS, pad, randomize
 
 MAX_RANK = 8

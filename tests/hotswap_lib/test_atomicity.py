@@ -40,9 +40,9 @@ from hotswap_lib import (
     preparation,
     prepare,
 )
+from hotswap_lib.layer_kinds import LORA_BIAS
 from hotswap_lib.layout import BIAS, MAGNITUDE, SAVED, SCALING, Layout, Place, lay_out
-from hotswap_lib.roles import LORA_BIAS
-from hotswap_lib.sites import Site, sites
+from hotswap_lib.slot_tensors import Site, sites
 
 from .families import FAMILIES, Family
 

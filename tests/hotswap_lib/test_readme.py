@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 import hotswap_lib
-from hotswap_lib.roles import KINDS
+from hotswap_lib.layer_kinds import KINDS
 
 README = Path(hotswap_lib.__file__).with_name("README.md")
 TESTS = Path(__file__).parents[1]

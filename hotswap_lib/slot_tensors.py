@@ -13,9 +13,9 @@ from peft.utils import ModulesToSaveWrapper
 
 from .digest import tensor_digest
 from .envelope import Envelope
-from .layers import base_of, lora_layers, refuse_offloaded, saved_modules
+from .injection import base_of, lora_layers, refuse_offloaded, saved_modules
+from .layer_kinds import kind, padding, roles
 from .layout import BIAS, MAGNITUDE, PREFIX, SAVED, SCALING, Place
-from .roles import kind, padding, roles
 
 
 class Scalings(dict[str, Any]):

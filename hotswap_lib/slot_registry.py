@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import layers
+from . import injection as layers
 
 if TYPE_CHECKING:
     from .slot import Slot

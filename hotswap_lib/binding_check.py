@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from .layout import Entry
-from .sites import Site
+from .slot_tensors import Site
 
 
 class _Holder(Protocol):

@@ -18,7 +18,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from .envelope import Envelope
 from .errors import AlreadyCompiled, InvalidEnvelope, NotPrepared
-from .roles import KINDS, kind
+from .layer_kinds import KINDS, kind
 
 
 def refuse_compiled(model: torch.nn.Module) -> None:
