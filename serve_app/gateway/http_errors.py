@@ -1,15 +1,13 @@
-"""From typed errors to OpenAI's error envelope: one table, one shape, stable codes."""
+"""Maps every error to an HTTP status and OpenAI's error object, and documents both for OpenAPI."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from ray.serve.exceptions import (
     BackPressureError,
@@ -43,9 +41,9 @@ from serve_app.wire.errors import (
     RevisionNotServed,
     RolloutNotFound,
 )
+from serve_app.wire.ray_internals import cause_of
 
 logger = logging.getLogger(__name__)
-
 
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (AdapterRefused, 400),
@@ -71,38 +69,37 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (AdapterLoadTimeout, 504),
     (DeadlineExceeded, 504),
 )
-_ROUTE_CODES = {
+_HTTP_CODES = {
     404: "route_not_found",
     405: "method_not_allowed",
     408: "request_timeout",
     413: "body_too_large",
 }
-_MOST_CHARS = 1000  # of a message: some repeat what the client sent
-_RETRY = {"retry-after": "1"}
-_WHEN = {
-    400: "the request, or what it names, is not acceptable",
+_MAX_CHARS = 1000  # of a message: some quote the request
+_DESCRIPTIONS = {
+    400: "the request, or something that it names, is invalid",
     401: "the admin routes need the bearer token of the settings",
     404: "there is no such model, revision, adapter, rollout or route",
     408: "the body did not arrive in time",
-    409: "this cannot be done now",
+    409: "this is not possible in the current state",
     413: "the body is too large",
     415: "the body is not JSON",
-    429: "there are too many requests; Retry-After says when to come back",
-    503: "nobody can answer at the moment; Retry-After says when to come back",
-    504: "it took too long",
+    429: "there are too many requests; the header Retry-After says when to retry",
+    503: "the server cannot answer now; the header Retry-After says when to retry",
+    504: "the time limit was exceeded",
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "default": {"model": ErrorBody, "description": "what went wrong, in OpenAI's envelope"}
+    "default": {"model": ErrorBody, "description": "the error, in OpenAI's format"}
 }
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For `responses=` of a route: what it answers beside its success."""
-    return {status: _documented(status) for status in statuses}
+    """The error responses of a route, for its `responses=`."""
+    return {status: _documentation(status) for status in statuses}
 
 
-def _documented(status: int) -> dict[str, Any]:
-    document = {"model": ErrorBody, "description": _WHEN[status]}
+def _documentation(status: int) -> dict[str, Any]:
+    document = {"model": ErrorBody, "description": _DESCRIPTIONS[status]}
     if status not in (429, 503):
         return document
     retry = {"schema": {"type": "string", "pattern": "^[0-9]+$"}, "description": "seconds"}
@@ -110,6 +107,7 @@ def _documented(status: int) -> dict[str, Any]:
 
 
 def install_error_handlers(app: FastAPI) -> None:
+    """Makes the application answer every error with OpenAI's error object."""
     kinds = [
         RayError,
         InvalidRequest,
@@ -133,7 +131,7 @@ async def _respond(request: Request, error: Exception) -> JSONResponse:
 
 
 def _methods(request: Request) -> list[str]:
-    """Of all routes of this path; Starlette knows those of the first one."""
+    """The methods of all routes with this path. Starlette's 405 names those of the first route."""
     return [
         method
         for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
@@ -144,89 +142,80 @@ def _methods(request: Request) -> list[str]:
     ]
 
 
-def respond(error: Exception) -> JSONResponse:
-    """The answer to an error, where FastAPI's handlers do not reach."""
+def error_response(error: Exception) -> JSONResponse:
+    """The response to an error, for code that FastAPI's error handlers do not cover."""
     return _response(*describe(error))
 
 
 def _response(status: int, detail: ErrorDetail) -> JSONResponse:
-    headers = dict(_RETRY) if status in (429, 503) else {}
-    headers |= {"www-authenticate": "Bearer"} if status == 401 else {}
+    headers = {}
+    if status in (429, 503):
+        headers["retry-after"] = "1"
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
     return JSONResponse(ErrorBody(error=detail).model_dump(), status_code=status, headers=headers)
 
 
-class EnvelopeRoute(APIRoute):
-    """GenerationServing itself what Serve would: it puts handlers of its own for these into any FastAPI."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_and_answer(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except (BackPressureError, DeploymentUnavailableError) as error:
-                return respond(error)
-
-        return handle_and_answer
-
-
-def describe(error: Exception) -> tuple[int, ErrorDetail]:
-    """The HTTP status and the envelope's object for any error."""
-    cause = getattr(error, "cause", None)
-    error = cause if isinstance(cause, Exception) else error  # what the handle's far side raised
+def describe(error: BaseException) -> tuple[int, ErrorDetail]:
+    """Returns the HTTP status of any error, and OpenAI's error object for it."""
+    error = cause_of(error)
     match error:
         case InvalidRequest():
             return error.status, _detail(error.code, str(error), param=error.param)
         case RequestValidationError():
-            return 400, _validation(error)
+            return 400, _validation_detail(error)
         case HTTPException():
-            code = _ROUTE_CODES.get(error.status_code, "http_error")
+            code = _HTTP_CODES.get(error.status_code, "http_error")
             return error.status_code, _detail(code, f"{error.detail}")
         case BackPressureError():
-            return 429, _detail("too_many_requests", "the queue is full", kind="rate_limit_error")
+            return 429, _detail("too_many_requests", "the queue is full", type="rate_limit_error")
         case ActorUnavailableError() | DeploymentUnavailableError() | ReplicaUnavailableError():
-            message = "what should answer this is not there at the moment"
-            return 503, _detail("unavailable", message, kind="server_error")
+            return 503, _server_error("unavailable", "a part of the server is not available now")
         case RayActorError():
-            message = "the replica that ran this request died"
-            return 503, _detail("replica_died", message, kind="server_error")
+            return 503, _server_error("replica_died", "the replica that ran this request died")
     for kind, status in _STATUS:
         if isinstance(error, kind):
-            kind_name = "invalid_request_error" if status < 500 else "server_error"
-            kind_name = "rate_limit_error" if status == 429 else kind_name
-            return status, _detail(getattr(error, "code", "error"), str(error), kind=kind_name)
+            return status, _typed_detail(error, status)
     logger.error("unexpected error", exc_info=error)
-    return 500, _detail(
-        "internal_error", f"internal error: {type(error).__name__}", kind="server_error"
-    )
+    return 500, _server_error("internal_error", f"internal error: {type(error).__name__}")
 
 
-def _validation(error: RequestValidationError) -> ErrorDetail:
+def _typed_detail(error: BaseException, status: int) -> ErrorDetail:
+    type = "invalid_request_error" if status < 500 else "server_error"
+    type = "rate_limit_error" if status == 429 else type
+    return _detail(getattr(error, "code", "error"), str(error), type=type)
+
+
+def _server_error(code: str, message: str) -> ErrorDetail:
+    return _detail(code, message, type="server_error")
+
+
+def _validation_detail(error: RequestValidationError) -> ErrorDetail:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    param = ".".join(str(part) for part in first["loc"] if part != "body")
     if first["type"] == "extra_forbidden":
-        return _detail("unsupported_parameter", f"{where!r} is not supported here", param=where)
+        return _detail("unsupported_parameter", f"{param!r} is not supported here", param=param)
     if first["type"] == "json_invalid":
         return _detail("invalid_json", "the body is not valid JSON")
-    said = first.get("ctx", {}).get("error")  # our own words, without pydantic's in front
-    message = f"{where or 'the body'}: {said or first['msg'].lower()}"
-    return _detail("invalid_parameter", message, param=where or None)
+    ours = first.get("ctx", {}).get("error")  # our message, without pydantic's prefix
+    message = f"{param or 'the body'}: {ours or first['msg'].lower()}"
+    return _detail("invalid_parameter", message, param=param or None)
 
 
 def _detail(
-    code: str, message: str, *, param: str | None = None, kind: str = "invalid_request_error"
+    code: str, message: str, *, param: str | None = None, type: str = "invalid_request_error"
 ) -> ErrorDetail:
     return ErrorDetail(
-        message=_sentence(message), type=kind, param=param and _text(param), code=code
+        message=_first_line(message), type=type, param=param and _sendable(param), code=code
     )
 
 
-def _sentence(message: str) -> str:
-    """The first line that says something."""
-    lines = (line for line in _text(message).splitlines() if line.strip())
+def _first_line(message: str) -> str:
+    """The first line that is not blank."""
+    lines = (line for line in _sendable(message).splitlines() if line.strip())
     return next(lines, "no reason is known")
 
 
-def _text(given: str) -> str:
-    """As far as it can be sent: half of a surrogate pair, which JSON may have, is no UTF-8."""
-    return given[:_MOST_CHARS].encode(errors="replace").decode()
+def _sendable(text: str) -> str:
+    """The text, cut, with '?' for each half of a surrogate pair: JSON allows it, UTF-8 does not."""
+    return text[:_MAX_CHARS].encode(errors="replace").decode()

@@ -1,10 +1,10 @@
-"""Whether anybody is there to answer: for requests that wait for a replica to take them.
+"""Readiness: a request that waits while no replica is running fails with 503.
 
-A handle waits for ever when a deployment has no running replica. Some of that is wanted: a replica
-that restarts, or one that drains for a swap, is back soon, and no request shall fail for it. So a
-request is refused only when it has waited for `patience_s` and the controller hears of no replica
-at all; and at once when that is known already, as when a fleet starts. A replica that drains still
-reports. If the controller does not answer, nobody knows, and requests wait as they did.
+A DeploymentHandle waits without limit when the deployment has no running replica. A short wait is
+wanted: a replica that restarts, or drains for a swap, is back soon, and no request should fail for
+it. So a request fails only if it has waited for `patience_s` and the controller knows of no
+replica; and at once if that is already known, as while a fleet starts. A draining replica still
+reports to the controller. If the controller does not answer, requests go on waiting.
 """
 
 from __future__ import annotations
@@ -19,66 +19,69 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.wire.admin import FleetView
 from serve_app.wire.errors import NoReplicaReady
+from serve_app.wire.ray_internals import is_assigned
 
 PATIENCE_S = 5.0
-_LOOK_TIMEOUT_S = 5.0
+_CONTROLLER_TIMEOUT_S = 5.0
 T = TypeVar("T")
 
 
 class Readiness:
-    """For one event loop. `controller`: the handle that says who is there.
+    """Asks the controller if any replica is running. For one event loop.
 
-    `look_s`: how long one look is good for.
+    Args:
+        controller: the handle of the RolloutController.
+        patience_s: the time that a request waits before the controller is asked.
+        max_age_s: the time for which an answer of the controller is reused.
     """
 
     def __init__(
-        self, controller: DeploymentHandle, *, patience_s: float = PATIENCE_S, look_s: float = 1.0
+        self,
+        controller: DeploymentHandle,
+        *,
+        patience_s: float = PATIENCE_S,
+        max_age_s: float = 1.0,
     ) -> None:
         self._controller = controller
         self._patience_s = patience_s
-        self._look_s = look_s
-        self._nobody = True  # until the first look: a fleet that starts has nobody
-        self._look: asyncio.Task[bool] | None = None
-        self._looked_at = 0.0
+        self._max_age_s = max_age_s
+        self._empty = True  # until the first answer: a fleet that starts has no replica
+        self._query: asyncio.Task[bool] | None = None
+        self._queried_at = 0.0
 
-    async def expect(self) -> None:
-        """Raises `NoReplicaReady` when that is known before anything is asked."""
-        if self._nobody and not await self._somebody():
+    async def check(self) -> None:
+        """Raises `NoReplicaReady` if the fleet is known to have no replica."""
+        if self._empty and not await self._any_replica():
             raise NoReplicaReady
 
     async def wait(self, call: Any, result: Awaitable[T]) -> T:
-        """`result`, which waits for what the handle's `call` gives. Raises `NoReplicaReady`."""
+        """Returns `result`, which waits for the handle's `call`. Raises `NoReplicaReady`."""
         waiting = asyncio.ensure_future(result)
-        patience_s = self._patience_s
+        timeout_s = self._patience_s
         try:
-            while not (await asyncio.wait({waiting}, timeout=patience_s))[0]:
-                if _taken(call):
+            while not (await asyncio.wait({waiting}, timeout=timeout_s))[0]:
+                if is_assigned(call):  # a replica runs it, also if it no longer reports
                     break
-                if not await self._somebody():
+                if not await self._any_replica():
                     raise NoReplicaReady
-                patience_s = self._look_s
+                timeout_s = self._max_age_s
             return await waiting
         finally:
-            waiting.cancel()  # which takes a call that nobody has taken out of the handle's queue
+            waiting.cancel()  # removes a call that no replica has accepted from the handle's queue
 
-    async def _somebody(self) -> bool:
-        """Whether a replica is there, as far as anybody knows. One look serves all who ask."""
+    async def _any_replica(self) -> bool:
+        """Returns False if the controller knows of no replica. Waiting requests share one query."""
         now = asyncio.get_running_loop().time()
-        if self._look is None or (self._look.done() and now > self._looked_at + self._look_s):
-            self._looked_at = now
-            self._look = asyncio.create_task(self._ask())
-        return await asyncio.shield(self._look)
+        if self._query is None or (self._query.done() and now > self._queried_at + self._max_age_s):
+            self._queried_at = now
+            self._query = asyncio.create_task(self._ask_controller())
+        return await asyncio.shield(self._query)
 
-    async def _ask(self) -> bool:
+    async def _ask_controller(self) -> bool:
         try:
-            async with asyncio.timeout(_LOOK_TIMEOUT_S):
+            async with asyncio.timeout(_CONTROLLER_TIMEOUT_S):
                 fleet: FleetView = await self._controller.fleet.remote()
         except (TimeoutError, RayError, RayServeException):
-            return True
-        self._nobody = not fleet.replicas
-        return not self._nobody
-
-
-def _taken(call: Any) -> bool:
-    """Whether a replica has the request: it runs there, whatever the controller hears."""
-    return bool(call._replica_result_future.done())
+            return True  # unknown: requests go on waiting
+        self._empty = not fleet.replicas
+        return not self._empty

@@ -1,9 +1,10 @@
-"""Which replica a request goes to: one that holds the revision that it shall run on.
+"""The request router: sends each request to a replica that serves its revision.
 
-Serve makes one in every process that calls the Model: the gateway, a script with a handle. What the
-replicas hold, and the share that a `dedicated` canary gets, reaches it with their routing stats
-(`Model.record_routing_stats`), about a second late; so it only prefers. A replica answers with what
-it holds then, and refuses what it does not hold: nobody gets a revision that he did not name.
+Serve runs one router in every process that calls the Model: the gateway, and each script with a
+handle. It reads what the replicas serve, and the share of a `dedicated` canary, from their routing
+statistics (`serve_app.wire.routing_stats`), which are up to `STATS_PERIOD_S` old. Therefore the
+router only prefers replicas. The replica that gets a request checks its revision again, and refuses
+one that it does not serve: a pinned request never runs on another revision.
 """
 
 from __future__ import annotations
@@ -21,20 +22,21 @@ from serve_app.openai.model_name import find_pin
 from serve_app.rollout.state import Traffic
 from serve_app.rollout.traffic_split import TrafficSplit
 from serve_app.wire.errors import InvalidRequest
-from serve_app.wire.routing_stats import newest_traffic
+from serve_app.wire.ray_internals import back_off_when_full, call_arguments, request_id
+from serve_app.wire.routing_stats import RoutingStats, parse_traffic
 
 logger = logging.getLogger(__name__)
 STATS_PERIOD_S = 1.0
-_UNDECIDED = 10_000  # requests that wait for a replica; more than a gateway lets in
+_MAX_UNPLACED = 10_000  # requests without a replica yet; more than a gateway admits
 
 
 class RevisionRouter(RequestRouter):  # type: ignore[misc]
-    """The less loaded of two random replicas, among those with the right revision."""
+    """Offers Serve two random replicas with the right revision; Serve takes the less loaded one."""
 
     def initialize_state(self, *, model_name: str) -> None:
         self._model_name = model_name
         self._split = TrafficSplit(start=random.random())
-        # once for each request, however often it is looked for a place
+        # decided once for each request, although Serve may ask several times to place it
         self._to_canary: OrderedDict[str, bool] = OrderedDict()
 
     async def choose_replicas(
@@ -42,14 +44,15 @@ class RevisionRouter(RequestRouter):  # type: ignore[misc]
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        right = candidate_replicas
+        preferred = candidate_replicas
         if pending_request is not None:
-            pending_request.routing_context.should_backoff = True  # while all of them are full
+            back_off_when_full(pending_request)
             try:
-                right = self._right(candidate_replicas, pending_request) or candidate_replicas
-            except Exception:  # with which the request would wait for ever
-                logger.exception("a request goes to any replica")
-        return [random.sample(right, min(2, len(right)))]
+                preferred = self._preferred(candidate_replicas, pending_request)
+            except Exception:  # Serve would never place the request
+                logger.exception("the routing failed: the request goes to any replica")
+        preferred = preferred or candidate_replicas
+        return [random.sample(preferred, min(2, len(preferred)))]
 
     def on_request_routed(
         self,
@@ -57,42 +60,49 @@ class RevisionRouter(RequestRouter):  # type: ignore[misc]
         replica_id: ReplicaID,  # noqa: ARG002
         result: Any,  # noqa: ARG002
     ) -> None:
-        self._to_canary.pop(pending_request.metadata.internal_request_id, None)
+        self._to_canary.pop(request_id(pending_request), None)
 
-    def _right(
+    def _preferred(
         self, replicas: Sequence[RunningReplica], pending: PendingRequest
     ) -> list[RunningReplica]:
-        """Those that hold what the request runs on; none when nobody is known to."""
-        pin, session = asked(pending.args, pending.kwargs, served=self._model_name)
+        """Returns the replicas that serve the request's revision; empty if none is known to."""
+        args, kwargs = call_arguments(pending)
+        pin, session = pin_and_session(args, kwargs, served=self._model_name)
         if pin is not None:
             return [
-                r for r in replicas if any(Revision.parse(key).matches(pin) for key in _serves(r))
+                replica
+                for replica in replicas
+                if any(Revision.parse(key).matches(pin) for key in _serves(replica))
             ]
-        now = newest_traffic(replicas)
-        if now is None or now.placement == "shared":
-            return []
-        on_canary = self._decided(pending, now, session)
-        return [r for r in replicas if _serves(r) and (_serves(r)[0] == now.canary) == on_canary]
+        traffic = _newest_traffic(replicas)
+        if traffic is None or traffic.placement == "shared":
+            return []  # the replica itself chooses between its revisions
+        on_canary = self._is_for_canary(request_id(pending), traffic, session)
+        return [
+            replica
+            for replica in replicas
+            if (serves := _serves(replica)) and (serves[0] == traffic.canary) == on_canary
+        ]
 
-    def _decided(self, pending: PendingRequest, now: Traffic, session: str | None) -> bool:
-        id = pending.metadata.internal_request_id
+    def _is_for_canary(self, id: str, traffic: Traffic, session: str | None) -> bool:
         if id not in self._to_canary:
-            self._to_canary[id] = self._split.to_canary(now, session)
-            if len(self._to_canary) > _UNDECIDED:
+            self._to_canary[id] = self._split.to_canary(traffic, session)
+            if len(self._to_canary) > _MAX_UNPLACED:
                 self._to_canary.popitem(last=False)
         return self._to_canary[id]
 
 
-def asked(
+def pin_and_session(
     args: Sequence[Any], kwargs: Mapping[str, Any], *, served: str
 ) -> tuple[str | None, str | None]:
-    """The revision and the session that a call of the Model names: (request, pin, session).
+    """Returns the revision and the session that a call of the Model names.
 
-    Nothing is checked yet: what makes no sense here is refused by whichever replica gets it.
+    The call has the parameters (request, pin, session). Its arguments are not checked here: the
+    replica that gets the call refuses what is invalid.
     """
     given = dict(zip(("request", "pin", "session"), args, strict=False)) | dict(kwargs)
     request = given.get("request")
-    model, user = (_field(request, name) for name in ("model", "user"))
+    model, user = (_text_field(request, name) for name in ("model", "user"))
     try:
         pin = find_pin(model, given.get("pin"), served=served)
     except InvalidRequest:
@@ -100,11 +110,21 @@ def asked(
     return pin, given.get("session") or user
 
 
-def _field(request: Any, name: str) -> str | None:
+def _text_field(request: Any, name: str) -> str | None:
     found = request.get(name) if isinstance(request, Mapping) else getattr(request, name, None)
     return found if isinstance(found, str) else None
 
 
+def _newest_traffic(replicas: Sequence[RunningReplica]) -> Traffic | None:
+    """Returns the canary's share of the requests in the newest decision that a replica follows."""
+    published: list[RoutingStats] = [r.routing_stats for r in replicas if r.routing_stats]
+    newest = max(published, key=lambda stats: stats["decision"], default=None)
+    if newest is None or newest["traffic"] is None:
+        return None
+    return parse_traffic(newest["traffic"])
+
+
 def _serves(replica: RunningReplica) -> list[str]:
-    """The default first; empty where it has said nothing yet."""
-    return replica.routing_stats.get("serves", [])  # type: ignore[no-any-return]
+    """Returns the keys of the revisions that a replica serves, the default first; maybe none."""
+    stats: RoutingStats = replica.routing_stats
+    return stats.get("serves", [])

@@ -1,7 +1,7 @@
-"""The HTTP front door: OpenAI's routes for clients, admin routes for operators.
+"""The data routes: OpenAI's endpoints, vLLM's `/classify`, the list of models and the health check.
 
-Thin on purpose: it checks the shape of a request, calls the Model or the RolloutController through
-its handle, and weight_lock typed errors into OpenAI's envelope. It holds no state.
+FastAPI has checked the shape of a request before a route runs. The route calls the Model through
+its handle, and sends the document or the chunks that the replica built.
 """
 
 from __future__ import annotations
@@ -9,23 +9,22 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote, unquote
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Query, Response
+from fastapi import APIRouter, Header, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import AfterValidator
 from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.gateway.body_limit import BodyLimit
-from serve_app.gateway.http_errors import ERRORS, describe, documented, install_error_handlers
-from serve_app.gateway.json_body import JsonRoute
+from serve_app.gateway.http_errors import describe, documented
 from serve_app.gateway.readiness import Readiness
+from serve_app.gateway.request_body import JsonRoute
 from serve_app.openai.requests import (
+    ChatOrCompletion,
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
@@ -35,36 +34,32 @@ from serve_app.openai.response_schemas import (
     ChatChunk,
     ChatDocument,
     ClassificationList,
+    Document,
     EmbeddingList,
+    GenerationChunk,
     Health,
+    ModelEntry,
     ModelList,
     TextChunk,
     TextDocument,
-    answered,
-    with_chunks,
+    success,
 )
-from serve_app.rollout.plan import Plan
 from serve_app.settings import Settings
-from serve_app.wire.admin import (
-    AdapterList,
-    AdapterView,
-    FleetView,
-    LoadAdapter,
-    RolloutList,
-    RolloutView,
-    UnloadAdapter,
-)
-from serve_app.wire.errors import EngineStopped, NoReplicaReady, NotAuthorized
+from serve_app.wire.admin import FleetView
+from serve_app.wire.errors import EngineStopped, NoReplicaReady
 
 logger = logging.getLogger(__name__)
-_BEARER = HTTPBearer(auto_error=False)
+
+_REVISION_HEADER = "x-adapter-revision"
+_UNQUOTED = "!\"#$&'()*+,/:;<=>?@[\\]^`{|}"  # ASCII that a header may have; '%' is not among it
 Pin = Annotated[
     str | None,
     Header(
-        alias="x-adapter-revision",
+        alias=_REVISION_HEADER,
         min_length=1,
         description="the revision to run on; percent-encoded where it is not ASCII",
     ),
+    AfterValidator(unquote),
 ]
 Session = Annotated[
     str | None,
@@ -75,114 +70,44 @@ Session = Annotated[
         description="requests of one session stay on one side of a canary; else `user` is taken",
     ),
 ]
-Expected = Annotated[
-    int | None,
-    Query(
-        alias="expected_generation",
-        description="refuse with 409 when the fleet's generation is another one",
-    ),
-]
-Key = Annotated[
-    str | None,
-    Header(
-        alias="idempotency-key",
-        min_length=1,
-        max_length=256,
-        description="your own name for this request; a second one with it changes nothing",
-    ),
-]
-_PLAIN = "!\"#$&'()*+,/:;<=>?@[\\]^`{|}"  # stays as it is in a header; % does not
-_HEALTH_S = 5.0
-_ATTEMPTS = 3  # replicas that die with the same request may do so because of it
-_REPLICA_DIED = (RayActorError, ActorUnavailableError, EngineStopped)
+InferenceRequest = ChatOrCompletion | EmbeddingRequest | ClassifyRequest
 T = TypeVar("T")
-_Request = ChatRequest | CompletionRequest | EmbeddingRequest | ClassifyRequest
-_STREAM = {"x-accel-buffering": "no", "cache-control": "no-cache"}
+
+_HEALTH_TIMEOUT_S = 5.0
+_MAX_ATTEMPTS = 3  # if so many replicas die with a request, the request may be the cause
+_REPLICA_DIED = (RayActorError, ActorUnavailableError, EngineStopped)
+_STREAM_HEADERS = {"x-accel-buffering": "no", "cache-control": "no-cache"}
 
 
-class Gateway:
-    """The routes over two handles. `app()` builds the FastAPI application."""
+class InferenceRoutes:
+    """The routes over the handles of the Model and of the controller."""
 
     def __init__(
         self,
         settings: Settings,
         model: DeploymentHandle,
         controller: DeploymentHandle,
-        *,
-        readiness: Readiness | None = None,
+        readiness: Readiness,
     ) -> None:
-        self._settings = settings
+        self._model_name = settings.model_name
         self._model = model
         self._controller = controller
-        self._readiness = readiness or Readiness(controller)
+        self._readiness = readiness
 
-    def app(self) -> FastAPI:
-        # slashes are not made up for: the redirect would not be in OpenAI's shapes
-        app = FastAPI(
-            title="hotswap",
-            summary="Live LoRA adapters on a fleet",
-            responses=ERRORS,
-            redirect_slashes=False,
-        )
-        install_error_handlers(app)
-        app.add_middleware(BodyLimit, limit=self._settings.max_body_bytes)
-        app.include_router(self._data_routes())
-        app.include_router(self._admin_routes())
-        app.include_router(self._adapter_routes())
-        app.openapi = _documentation(app)  # type: ignore[method-assign]
-        return app
-
-    def _data_routes(self) -> APIRouter:
+    def router(self) -> APIRouter:
         router = APIRouter(tags=["inference"], route_class=JsonRoute)
         router.get("/health", response_model=Health, responses=documented(503))(self.health)
-        router.get("/v1/models", response_model=ModelList, response_model_exclude_none=True)(
-            self.models
-        )
-        for path, answer, ok in (
-            ("/v1/chat/completions", self.chat, answered(ChatDocument, ChatChunk)),
-            ("/v1/completions", self.complete, answered(TextDocument, TextChunk)),
-            ("/v1/embeddings", self.embeddings, answered(EmbeddingList)),
-            ("/v1/classify", self.classify, answered(ClassificationList)),
+        router.get("/v1/models", response_model=ModelList)(self.models)
+        for path, route, response in (
+            ("/v1/chat/completions", self.chat, success(ChatDocument, ChatChunk)),
+            ("/v1/completions", self.complete, success(TextDocument, TextChunk)),
+            ("/v1/embeddings", self.embeddings, success(EmbeddingList)),
+            ("/v1/classify", self.classify, success(ClassificationList)),
         ):
-            # the document is made by the replica, so nothing is left for FastAPI to serialize
-            responses = {200: ok} | documented(400, 404, 408, 413, 415, 429, 503, 504)
-            router.post(path, response_model=None, responses=responses)(answer)
+            # no response_model: the replica has built the document, FastAPI must not check it again
+            responses = {200: response} | documented(400, 404, 408, 413, 415, 429, 503, 504)
+            router.post(path, response_model=None, responses=responses)(route)
         return router
-
-    def _adapter_routes(self) -> APIRouter:
-        """vLLM's routes for adapters beside the default."""
-        router = self._operators_router("/v1", tag="adapters")
-        body = documented(400, 404, 408, 409, 413, 415, 503, 504)
-        router.post("/load_lora_adapter", responses=body)(self.load_adapter)
-        router.post("/unload_lora_adapter", responses=body)(self.unload_adapter)
-        router.get("/lora_adapters")(self.adapters)
-        return router
-
-    def _admin_routes(self) -> APIRouter:
-        router = self._operators_router("/admin", tag="admin")
-        body = documented(400, 408, 409, 413, 415, 503)
-        router.get("/fleet")(self.fleet)
-        router.get("/rollouts")(self.rollouts)
-        router.get("/rollouts/{id}", responses=documented(404))(self.rollout)
-        router.post("/rollouts", status_code=201, responses=body)(self.start)
-        for verb in (self.promote, self.abort, self.pause, self.resume, self.retry):
-            path = f"/rollouts/{{id}}/{verb.__name__}"
-            router.post(path, responses=documented(404, 409))(verb)
-        router.post("/undo", status_code=201, responses=documented(409))(self.undo)
-        return router
-
-    def _operators_router(self, prefix: str, *, tag: str) -> APIRouter:
-        """Routes behind the token, where there is one."""
-        closed = self._settings.admin_token is not None
-        return APIRouter(
-            prefix=prefix,
-            tags=[tag],
-            route_class=JsonRoute,
-            dependencies=[Depends(self._authorize)] if closed else [],
-            responses=documented(401) if closed else {},
-        )
-
-    # ---- inference --------------------------------------------------------------------------
 
     async def chat(
         self, request: ChatRequest, pin: Pin = None, session: Session = None
@@ -208,184 +133,89 @@ class Gateway:
     ) -> Response:
         return await self._whole(self._model.classify, request, pin, session)
 
-    async def models(self) -> dict[str, Any]:
+    async def models(self) -> ModelList:
         """The base model's name, and every revision that is live now, as a name to ask for."""
         fleet: FleetView = await self._controller.fleet.remote()
-        name = self._settings.model_name
+        name = self._model_name
         live = sorted({each for r in fleet.replicas if r.serving for each in r.serves})
-        entries = [{"id": name, "object": "model", "created": 0, "owned_by": "hotswap"}]
-        entries += [
-            {"id": f"{name}:{revision}", "object": "model", "created": 0, "owned_by": "hotswap"}
-            | {"parent": name, "root": revision}
+        base: ModelEntry = {"id": name, "object": "model", "created": 0, "owned_by": "hotswap"}
+        revisions: list[ModelEntry] = [
+            {**base, "id": f"{name}:{revision}", "parent": name, "root": revision}
             for revision in live
         ]
-        return {"object": "list", "data": entries}
+        return {"object": "list", "data": [base, *revisions]}
 
     async def health(self) -> Health:
         """200 while at least one replica serves, else 503."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(_HEALTH_S):
+            async with asyncio.timeout(_HEALTH_TIMEOUT_S):
                 fleet: FleetView = await self._controller.fleet.remote()
                 if fleet.ready:
-                    return Health(status="ok")
+                    return {"status": "ok"}
         raise NoReplicaReady
 
-    # ---- admin ------------------------------------------------------------------------------
-
-    async def fleet(self) -> FleetView:
-        return await self._controller.fleet.remote()  # type: ignore[no-any-return]
-
-    async def rollouts(self) -> RolloutList:
-        return RolloutList(data=await self._controller.rollouts.remote())
-
-    async def rollout(self, id: str) -> RolloutView:
-        return await self._controller.rollout.remote(id)  # type: ignore[no-any-return]
-
-    async def start(self, plan: Plan, expected: Expected = None, key: Key = None) -> RolloutView:
-        return await self._controller.start_rollout.remote(  # type: ignore[no-any-return]
-            plan, expected_generation=expected, key=key
-        )
-
-    async def promote(
-        self,
-        id: str,
-        full: Annotated[bool, Query(description="every step that is left, not one")] = False,
-        expected: Expected = None,
-        key: Key = None,
-    ) -> RolloutView:
-        return await self._controller.promote.remote(  # type: ignore[no-any-return]
-            id, full=full, expected_generation=expected, key=key
-        )
-
-    async def abort(self, id: str, expected: Expected = None, key: Key = None) -> RolloutView:
-        return await self._controller.abort.remote(  # type: ignore[no-any-return]
-            id, expected_generation=expected, key=key
-        )
-
-    async def pause(self, id: str, expected: Expected = None, key: Key = None) -> RolloutView:
-        return await self._controller.pause.remote(  # type: ignore[no-any-return]
-            id, expected_generation=expected, key=key
-        )
-
-    async def resume(self, id: str, expected: Expected = None, key: Key = None) -> RolloutView:
-        return await self._controller.resume.remote(  # type: ignore[no-any-return]
-            id, expected_generation=expected, key=key
-        )
-
-    async def retry(self, id: str, expected: Expected = None, key: Key = None) -> RolloutView:
-        return await self._controller.retry.remote(  # type: ignore[no-any-return]
-            id, expected_generation=expected, key=key
-        )
-
-    async def undo(
-        self,
-        to: Annotated[
-            str | None, Query(min_length=1, description="an earlier revision; else the last one")
-        ] = None,
-        expected: Expected = None,
-        key: Key = None,
-    ) -> RolloutView:
-        return await self._controller.undo.remote(  # type: ignore[no-any-return]
-            to=to, expected_generation=expected, key=key
-        )
-
-    async def load_adapter(self, body: LoadAdapter) -> AdapterView:
-        return await self._controller.load_adapter.remote(  # type: ignore[no-any-return]
-            body.lora_name,
-            body.lora_path,
-            load_inplace=body.load_inplace,
-            expected_generation=body.expected_generation,
-        )
-
-    async def unload_adapter(self, body: UnloadAdapter) -> AdapterView:
-        return await self._controller.unload_adapter.remote(  # type: ignore[no-any-return]
-            body.lora_name, expected_generation=body.expected_generation
-        )
-
-    async def adapters(self) -> AdapterList:
-        fleet: FleetView = await self._controller.fleet.remote()
-        data: list[AdapterView] = await self._controller.adapters.remote()
-        return AdapterList(data=data, generation=fleet.generation)
-
-    # ---- inside -----------------------------------------------------------------------------
-
-    async def _authorize(
-        self, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
-    ) -> None:
-        word = given.credentials if given else ""
-        token = self._settings.admin_token or ""
-        if not secrets.compare_digest(word.encode(), token.encode()):
-            raise NotAuthorized
-
     async def _whole(
-        self, method: Any, request: _Request, pin: str | None, session: str | None
+        self, method: Any, request: InferenceRequest, pin: str | None, session: str | None
     ) -> Response:
-        async def ask() -> dict[str, Any]:
-            call = method.remote(request, _decoded(pin), session)
-            document: dict[str, Any] = await self._readiness.wait(call, call)
+        async def ask() -> Document:
+            call = method.remote(request, pin, session)
+            document: Document = await self._readiness.wait(call, call)
             return document
 
-        document = await self._survived(ask)
+        document = await self._retried(ask)
         return JSONResponse(document, headers=_headers(document))
 
     async def _stream(
-        self, request: ChatRequest | CompletionRequest, pin: str | None, session: str | None
+        self, request: ChatOrCompletion, pin: str | None, session: str | None
     ) -> Response:
-        async def ask() -> tuple[dict[str, Any], Any]:
-            chunks = self._model.options(stream=True).stream.remote(request, _decoded(pin), session)
+        async def ask() -> tuple[GenerationChunk, AsyncIterator[GenerationChunk]]:
+            chunks = self._model.options(stream=True).stream.remote(request, pin, session)
             return await self._readiness.wait(chunks, anext(aiter(chunks))), chunks
 
-        # the first chunk before the first header: a refusal still gets its own status
-        first, chunks = await self._survived(ask)
+        # the headers are sent after the first chunk, so that a refused request gets its status
+        first, chunks = await self._retried(ask)
         return StreamingResponse(
             _events(first, chunks),
             media_type="text/event-stream",
-            headers=_headers(first) | _STREAM,
+            headers=_headers(first) | _STREAM_HEADERS,
         )
 
-    async def _survived(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """What `ask` gives; asked again when the replica died with it, for nothing was sent yet."""
-        for attempt in range(_ATTEMPTS):
-            await self._readiness.expect()
+    async def _retried(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Returns `ask()`; asks again if the replica died, for nothing was sent to the client."""
+        for attempt in range(_MAX_ATTEMPTS):
+            await self._readiness.check()
             try:
                 return await ask()
             except _REPLICA_DIED as died:
-                if attempt == _ATTEMPTS - 1:
+                if attempt == _MAX_ATTEMPTS - 1:
                     raise
-                logger.warning(f"a replica died with a request ({type(died).__name__}); again")
+                logger.warning(f"a replica died with a request ({type(died).__name__}): retrying")
         raise AssertionError("the last attempt returns or raises")
 
 
-def _documentation(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    made = app.openapi
-    return lambda: app.openapi_schema or with_chunks(made())
-
-
-def _headers(document: dict[str, Any]) -> dict[str, str]:
+def _headers(document: Document | GenerationChunk) -> dict[str, str]:
     return {
-        "x-adapter-revision": quote(document["system_fingerprint"], safe=_PLAIN),
+        _REVISION_HEADER: quote(document["system_fingerprint"], safe=_UNQUOTED),
         "x-replica-id": document["replica_id"],
     }
 
 
-def _decoded(pin: str | None) -> str | None:
-    return None if pin is None else unquote(pin)
-
-
-async def _events(first: dict[str, Any], rest: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
-    """Server-sent events. An error after the first chunk is an event: the status is long sent."""
+async def _events(
+    first: GenerationChunk, rest: AsyncIterator[GenerationChunk]
+) -> AsyncIterator[str]:
+    """Server-sent events. An error after the first chunk is an event too: the status was sent."""
     yield _event(first)
     try:
         async for chunk in rest:
             yield _event(chunk)
     except Exception as error:
-        logger.warning(f"a stream broke: {type(error).__name__}")
-        yield _event({"error": _broken(error)})
+        logger.warning(f"a stream failed: {type(error).__name__}")
+        yield _event({"error": _stream_error(error)})
         return
     yield "data: [DONE]\n\n"
 
 
-def _broken(error: Exception) -> dict[str, Any]:
+def _stream_error(error: Exception) -> dict[str, Any]:
     status, detail = describe(error)
     if status == 500:
         detail = detail.model_copy(
@@ -394,5 +224,5 @@ def _broken(error: Exception) -> dict[str, Any]:
     return detail.model_dump()
 
 
-def _event(document: dict[str, Any]) -> str:
+def _event(document: GenerationChunk | dict[str, Any]) -> str:
     return f"data: {json.dumps(document)}\n\n"

@@ -1,4 +1,4 @@
-"""The revision that a request's `model` names."""
+"""Decides which revision a request names. Nothing else reads a revision from a `model`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ from serve_app.wire.errors import InvalidRequest
 
 
 def find_pin(model: str | None, given: str | None, *, served: str) -> str | None:
-    """The revision that a request names; None for the default.
+    """Returns the revision that a request names, or None for the default revision.
+
+    The result is not checked against the revisions that are served: the engine does that.
 
     Args:
         model: the request's `model`: the served name, `NAME:REVISION`, or, as in vLLM, the name of
-            a loaded adapter alone. Whether there is such a revision, the engine knows.
-        given: what the request names beside that, in a header or a handle call.
+            a loaded adapter.
+        given: the revision in the request's header, or in the `pin` of a handle call.
+        served: the name under which the base model is served.
 
     Raises:
-        InvalidRequest: the two are not the same.
+        InvalidRequest: `model` and `given` name different revisions.
     """
-    named = _pin_in(model, served)
+    named = _revision_in(model, served)
     if named is not None and given is not None and named != given:
-        message = f"the model names revision {named!r}, and the request pins {given!r}"
+        message = f"`model` names revision {named!r}, and the request is pinned to {given!r}"
         raise InvalidRequest(400, "conflicting_revisions", message, "model")
     return named if given is None else given
 
 
-def _pin_in(model: str | None, served: str) -> str | None:
+def _revision_in(model: str | None, served: str) -> str | None:
     if model is None or model == served:  # first, because a served name may have a ':' in it
         return None
     return model.removeprefix(f"{served}:")

@@ -1,7 +1,7 @@
-"""OpenAI's request shapes, checked. What is answered is in `serve_app.openai.responses`.
+"""OpenAI's request bodies as pydantic models.
 
-What is not supported is refused, never ignored; null, and a value that asks for nothing, is no
-request. Extensions are vLLM's: `top_k`, `return_token_ids`, `/classify`.
+An unsupported parameter is an error, unless its value is null or the one that changes nothing.
+Extensions are vLLM's: `top_k`, `return_token_ids`, `/classify`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _INT64 = 2**63
 TokenIds = list[int]
 
 
-# ---- what a field may be ------------------------------------------------------------------------
+# ---- types of fields ----------------------------------------------------------------------------
 
 
 def _refused(message: str) -> PydanticCustomError:
-    # as an argument: pydantic would read braces in a template of its own
+    # as an argument: pydantic formats the template, and the message may have braces
     return PydanticCustomError("refused", "{why}", {"why": message})
 
 
@@ -44,27 +44,27 @@ def _unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _refused("half of a surrogate pair is not text") from None
+        raise _refused("is not valid Unicode: it has half of a surrogate pair") from None
     return text
 
 
 def _texts(value: Any, *, most: int, ids: bool) -> list[str | TokenIds]:
-    """One text or token list, or several, as a list of them."""
+    """Returns the given text, token list, or list of these as a list of texts and token lists."""
     several = value if isinstance(value, list) and value else [value]
     if several is value and type(several[0]) is int:
         several = [several]
     if len(several) > most:
-        raise _refused(f"at most {most} can be given at once, not {len(several)}")
+        raise _refused(f"has {len(several)} elements, and the limit is {most}")
     for one in several:
         if isinstance(one, str):
             _unicode(one)
         elif not (ids and isinstance(one, list) and set(map(type, one)) <= {int}):
             kinds = "texts or lists of token ids" if ids else "texts"
-            raise _refused(f"must be one or several {kinds}")
+            raise _refused(f"must be one or more {kinds}")
         if not one:
             raise _refused("must not be empty")
         if isinstance(one, list) and min(one) < 0:
-            raise _refused("token ids are 0 or more")
+            raise _refused("token ids must not be negative")
     return several
 
 
@@ -80,7 +80,7 @@ def _only_texts(value: Any) -> list[str | TokenIds]:
     return _texts(value, most=MAX_INPUTS, ids=False)
 
 
-def _listed(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
@@ -94,17 +94,19 @@ Texts = Annotated[list[str], PlainValidator(_only_texts, json_schema_input_type=
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_unicode)]],
     Field(max_length=4),
-    BeforeValidator(_listed, json_schema_input_type=str | list[str]),
+    BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
 ]
 
 
 # ---- requests -----------------------------------------------------------------------------------
 
 
-class _Request(BaseModel):
+class _StrictModel(BaseModel):
+    """Refuses unknown fields. Null, and a value in `neutral`, count as not given."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    # parameters that are not supported, with the values that ask for nothing
+    # unsupported parameters, with the values that change nothing
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
@@ -131,7 +133,7 @@ def _is_one_of(value: Any, values: _Values) -> bool:
     return any(type(value) is type(each) and value == each for each in values)  # False is not 0
 
 
-class TextPart(_Request):
+class TextPart(_StrictModel):
     type: Literal["text"]
     text: Unicode
 
@@ -140,8 +142,8 @@ class TextPart(_Request):
 _Parts = Annotated[list[TextPart], Field(fail_fast=True)]
 
 
-class Message(_Request):
-    """`content` may be absent only where OpenAI's own answers have null."""
+class Message(_StrictModel):
+    """One message of a chat. `content` is optional for the assistant, whose may be null."""
 
     neutral: ClassVar = {"tool_calls": ([],), "annotations": ([],)}
 
@@ -153,9 +155,9 @@ class Message(_Request):
     name: Unicode | None = None
 
     @model_validator(mode="after")
-    def _said(self) -> Message:
+    def _has_content(self) -> Message:
         if self.role != "assistant" and "content" not in self.model_fields_set:
-            raise _refused(f"a message of the {self.role} needs a content")
+            raise _refused(f"a message of role {self.role} needs `content`")
         return self
 
     @property
@@ -165,12 +167,12 @@ class Message(_Request):
         return "".join(part.text for part in self.content)
 
 
-class StreamOptions(_Request):
+class StreamOptions(_StrictModel):
     include_usage: bool = False
 
 
-class _Generation(_Request):
-    """What both endpoints take."""
+class _Generation(_StrictModel):
+    """The parameters of both chats and completions."""
 
     model: str | None = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
@@ -187,9 +189,9 @@ class _Generation(_Request):
 
     @field_validator("stream_options")
     @classmethod
-    def _of_a_stream(cls, value: object, info: ValidationInfo) -> object:
+    def _only_with_stream(cls, value: object, info: ValidationInfo) -> object:
         if not info.data.get("stream"):
-            raise _refused("is only for `stream`")
+            raise _refused("is only allowed with `stream`")
         return value
 
     @property
@@ -202,7 +204,7 @@ class _Generation(_Request):
 
     @property
     def alternatives(self) -> int | None:
-        """How many alternatives to name for each token; None: no log-probabilities at all."""
+        """The likeliest tokens to return for each position; None: no log-probabilities at all."""
         raise NotImplementedError
 
 
@@ -221,14 +223,14 @@ class ChatRequest(_Generation):
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
-    # like `user`: for whoever stores, caches or polices answers, and never part of one
+    # accepted and not used: these are for OpenAI's storage, cache and abuse checks
     metadata: dict[str, str] = {}
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
 
     @field_validator("top_logprobs")
     @classmethod
-    def _of_logprobs(cls, value: int, info: ValidationInfo) -> int:
+    def _only_with_logprobs(cls, value: int, info: ValidationInfo) -> int:
         if not info.data.get("logprobs"):
             raise _refused("needs `logprobs` to be true")
         return value
@@ -254,12 +256,12 @@ class CompletionRequest(_Generation):
     def _not_too_many(cls, value: list[str | TokenIds], info: ValidationInfo) -> Any:
         choices = info.data.get("n", 1) * len(value)
         if choices > MAX_CHOICES:
-            raise _refused(f"`n` for each prompt are {choices}, and at most {MAX_CHOICES} can be")
+            raise _refused(f"`n` times the prompts is {choices}, and the limit is {MAX_CHOICES}")
         return value
 
     @field_validator("best_of")
     @classmethod
-    def _all_of_them(cls, value: int, info: ValidationInfo) -> int:
+    def _equals_n(cls, value: int, info: ValidationInfo) -> int:
         if value != info.data.get("n"):
             raise _refused("is only supported when it equals `n`")
         return value
@@ -269,8 +271,11 @@ class CompletionRequest(_Generation):
         return self.logprobs
 
 
-class EmbeddingRequest(_Request):
-    """`input` is a list of texts and token lists, whichever way it came."""
+ChatOrCompletion = ChatRequest | CompletionRequest
+
+
+class EmbeddingRequest(_StrictModel):
+    """`input` becomes a list of texts and token lists, also if only one was given."""
 
     model: str | None = None
     input: Inputs
@@ -278,8 +283,8 @@ class EmbeddingRequest(_Request):
     user: str | None = None
 
 
-class ClassifyRequest(_Request):
-    """`input` is a list of texts, whichever way it came."""
+class ClassifyRequest(_StrictModel):
+    """`input` becomes a list of texts, also if only one was given."""
 
     model: str | None = None
     input: Texts

@@ -1,147 +1,159 @@
-"""What the data routes answer, as types for the API's own documentation.
+"""The JSON of the data routes' responses, as types.
 
-Nothing is built from them: `serve_app.openai.requests` makes plain dicts. The tests hold the two together.
+`serve_app.openai.responses` builds these dictionaries, the gateway sends them, FastAPI documents
+them. TypedDicts, so that a streamed chunk costs no validation.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from typing_extensions import TypedDict  # pydantic accepts typing's only from Python 3.12 on
 
 from serve_app.wire.admin import ErrorBody
 
-Finish = Literal["stop", "length"] | None
+FinishReason = Literal["stop", "length"]
+
+_closed = with_config(ConfigDict(extra="forbid"))  # not inherited: each TypedDict needs it
 
 
-class Document(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+# ---- all generations ----------------------------------------------------------------------------
 
 
-class ModelEntry(Document):
-    id: Annotated[str, Field(description="what a request's `model` may be")]
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    parent: str | None = None
-    root: Annotated[str | None, Field(description="the revision")] = None
-
-
-class ModelList(Document):
-    object: Literal["list"]
-    data: list[ModelEntry]
-
-
-class Health(Document):
-    status: Literal["ok"]
-
-
-class Usage(Document):
+@_closed
+class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
-class InputUsage(Document):
-    prompt_tokens: int
-    total_tokens: int
-
-
-class Head(Document):
-    """What every answer and every chunk begins with."""
+@_closed
+class Head(TypedDict):
+    """The fields that a document and every chunk of a stream begin with."""
 
     id: str
     created: int
     model: str
     system_fingerprint: Annotated[str, Field(description="the revision that answered")]
     replica_id: str
-    prompt_token_ids: Annotated[
-        list[int] | None, Field(description="for `return_token_ids` and one prompt")
-    ] = None
+    prompt_token_ids: NotRequired[
+        Annotated[list[int] | None, Field(description="for `return_token_ids` and one prompt")]
+    ]
 
 
-class Choice(Document):
+@_closed
+class Choice(TypedDict):
     index: int
-    finish_reason: Finish
-    token_ids: list[int] | None = None
+    finish_reason: FinishReason | None
+    token_ids: NotRequired[list[int] | None]
 
 
-class ChatToken(Document):
+# ---- chats --------------------------------------------------------------------------------------
+
+
+@_closed
+class ChatToken(TypedDict):
     token: str
     logprob: float
     bytes: list[int]
 
 
+@_closed
 class ChatScore(ChatToken):
     top_logprobs: list[ChatToken]
 
 
-class ChatScores(Document):
+@_closed
+class ChatScores(TypedDict):
     content: list[ChatScore]
     refusal: None
 
 
-class ChatMessage(Document):
+@_closed
+class ChatMessage(TypedDict):
     role: Literal["assistant"]
     content: str
     refusal: None
 
 
+@_closed
 class ChatChoice(Choice):
     message: ChatMessage
     logprobs: ChatScores | None
 
 
+@_closed
 class ChatDocument(Head):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
 
 
-class ChatDelta(Document):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
+@_closed
+class ChatDelta(TypedDict):
+    role: NotRequired[Literal["assistant"] | None]
+    content: NotRequired[str | None]
 
 
+@_closed
 class ChatChunkChoice(Choice):
     delta: ChatDelta
     logprobs: ChatScores | None
 
 
+@_closed
 class ChatChunk(Head):
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
-    usage: Annotated[Usage | None, Field(description="in the last one, when it was asked for")] = (
-        None
-    )
+    usage: NotRequired[
+        Annotated[Usage | None, Field(description="in the last one, when it was asked for")]
+    ]
 
 
-class TextScores(Document):
+# ---- completions --------------------------------------------------------------------------------
+
+
+@_closed
+class TextScores(TypedDict):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
     text_offset: list[int]
 
 
+@_closed
 class TextChoice(Choice):
     text: str
     logprobs: TextScores | None
-    prompt_token_ids: list[int] | None = None
+    prompt_token_ids: NotRequired[list[int] | None]
 
 
+@_closed
 class TextDocument(Head):
     object: Literal["text_completion"]
     choices: list[TextChoice]
     usage: Usage
 
 
+@_closed
 class TextChunk(Head):
     object: Literal["text_completion"]
     choices: list[TextChoice]
-    usage: Usage | None = None
+    usage: NotRequired[Usage | None]
 
 
-class Embedding(Document):
+# ---- embeddings, classes, models, health --------------------------------------------------------
+
+
+@_closed
+class InputUsage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+
+
+@_closed
+class Embedding(TypedDict):
     object: Literal["embedding"]
     index: int
     embedding: Annotated[
@@ -149,7 +161,8 @@ class Embedding(Document):
     ]
 
 
-class EmbeddingList(Document):
+@_closed
+class EmbeddingList(TypedDict):
     object: Literal["list"]
     data: list[Embedding]
     model: str
@@ -158,14 +171,16 @@ class EmbeddingList(Document):
     usage: InputUsage
 
 
-class Classification(Document):
+@_closed
+class Classification(TypedDict):
     index: int
     label: str
     probs: list[float]
     num_classes: int
 
 
-class ClassificationList(Document):
+@_closed
+class ClassificationList(TypedDict):
     id: str
     object: Literal["list"]
     created: int
@@ -176,6 +191,34 @@ class ClassificationList(Document):
     usage: InputUsage
 
 
+@_closed
+class ModelEntry(TypedDict):
+    id: Annotated[str, Field(description="what a request's `model` may be")]
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    parent: NotRequired[str | None]
+    root: NotRequired[Annotated[str | None, Field(description="the revision")]]
+
+
+@_closed
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[ModelEntry]
+
+
+@_closed
+class Health(TypedDict):
+    status: Literal["ok"]
+
+
+GenerationDocument = ChatDocument | TextDocument
+GenerationChunk = ChatChunk | TextChunk
+Document = GenerationDocument | EmbeddingList | ClassificationList
+
+
+# ---- OpenAPI ------------------------------------------------------------------------------------
+
 _HEADERS = {
     "X-Adapter-Revision": {
         "description": "the revision that answered; percent-encoded where it is not ASCII",
@@ -185,11 +228,11 @@ _HEADERS = {
 }
 
 
-def answered(kind: type[Document], chunk: type[Document] | None = None) -> dict[str, Any]:
-    """The 200 of a route: one document, or, for `stream`, one event for each chunk."""
+def success(document: type, chunk: type | None = None) -> dict[str, Any]:
+    """Documentation of a 200: one document, and for `stream` one server-sent event per chunk."""
     response: dict[str, Any] = {
         "description": "the answer",
-        "model": kind,
+        "model": document,
         "headers": _HEADERS,
     }
     if chunk is not None:
@@ -200,8 +243,8 @@ def answered(kind: type[Document], chunk: type[Document] | None = None) -> dict[
     return response
 
 
-def with_chunks(openapi: dict[str, Any]) -> dict[str, Any]:
-    """The API's schema without FastAPI's 422, which nothing here answers, and with the chunks."""
+def complete_openapi(openapi: dict[str, Any]) -> dict[str, Any]:
+    """Adds the schemas of the chunks, and removes FastAPI's 422, which no route answers."""
     for path in openapi["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
@@ -209,6 +252,6 @@ def with_chunks(openapi: dict[str, Any]) -> dict[str, Any]:
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     for kind in (ChatChunk, TextChunk, ErrorBody):
-        made = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas |= made.pop("$defs", {}) | {kind.__name__: made}
+        schema = TypeAdapter(kind).json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {}) | {kind.__name__: schema}
     return openapi

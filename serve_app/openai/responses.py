@@ -1,32 +1,45 @@
-"""OpenAI's response shapes: documents and stream chunks, built from what an engine said.
+"""Builds the responses to chats and completions: documents, and the chunks of a stream.
 
-The revision that answered is `system_fingerprint`, in every body and every stream chunk.
+Their types are in `serve_app.openai.response_schemas`. The revision that answered is
+`system_fingerprint`, in every document and every chunk.
 """
 
 from __future__ import annotations
 
-import base64
-import struct
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 from serve_app.openai.requests import (
+    ChatOrCompletion,
     ChatRequest,
-    ClassifyRequest,
-    CompletionRequest,
-    EmbeddingRequest,
     TokenIds,
 )
+from serve_app.openai.response_schemas import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatDocument,
+    ChatScores,
+    ChatToken,
+    Choice,
+    FinishReason,
+    Head,
+    TextChoice,
+    TextChunk,
+    TextDocument,
+    TextScores,
+    Usage,
+)
 
-_LOWEST = -9999.0  # OpenAI's word for "very unlikely"; JSON has no infinity
+_LOWEST_LOGPROB = -9999.0  # OpenAI's value for "very unlikely"; JSON has no infinity
 
 
 @dataclass(frozen=True, slots=True)
 class NamedToken:
-    """A token by its text and bytes, and the logarithm of its probability."""
+    """A token by its text and bytes, and its log-probability."""
 
     text: str
     data: bytes
@@ -35,7 +48,7 @@ class NamedToken:
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """A token that was taken, the likeliest ones there, and where in the answer it begins."""
+    """A sampled token, the likeliest tokens at its position, and its character offset."""
 
     chosen: NamedToken
     top: list[NamedToken]
@@ -44,190 +57,200 @@ class TokenScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """What is new in a choice; the last piece of it has a `reason`."""
+    """New text and tokens of one choice. The last piece of a choice has a `reason`."""
 
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
-    reason: Literal["stop", "length"] | None = None
+    reason: FinishReason | None = None
 
 
-class Responses:
-    """Builds the documents of one answer: the same id, time, model and revision in all of them."""
+# ---- chats and completions ----------------------------------------------------------------------
 
-    def __init__(
-        self,
-        request: ChatRequest | CompletionRequest,
-        prompts: list[TokenIds],
-        *,
-        model: str,
-        revision: str,
-        replica: str,
-    ) -> None:
-        self._request = request
+
+class _GenerationResponses:
+    """The parts that are the same in every document and chunk of one response."""
+
+    def __init__(self, request: ChatOrCompletion, prompts: list[TokenIds], *, head: Head) -> None:
         self._prompts = prompts
-        self._chat = isinstance(request, ChatRequest)
-        self._head = {
-            "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": revision,
-            "replica_id": replica,
-        }
+        self._head = head
+        self._n = request.n
+        self._scored = request.alternatives is not None
+        self._with_token_ids = request.return_token_ids
+        self._with_usage = request.include_usage
 
-    def whole(self, choices: Sequence[Piece]) -> dict[str, Any]:
-        """The answer in one document; each choice in one piece, in the order of their index."""
-        kind = "chat.completion" if self._chat else "text_completion"
-        documents = [
-            self._choice(piece, scored=True)
-            | ({"message": _message(piece.text)} if self._chat else {"text": piece.text})
-            | self._prompt_of(piece.index)
-            for piece in choices
-        ]
-        tokens = sum(len(piece.token_ids) for piece in choices)
-        usage = {"usage": self._usage(tokens)}
-        return self._document(kind, documents) | self._prompt() | usage
+    def _first_head(self) -> Head:
+        """The head of a document or of a choice's first chunk: with the tokens of a lone prompt."""
+        if not self._with_token_ids or len(self._prompts) > 1:
+            return self._head
+        return {**self._head, "prompt_token_ids": self._prompts[0]}
 
-    def first(self, index: int) -> dict[str, Any]:
-        """The chunk that opens a choice: a chat's has the role, a text's is an empty piece."""
-        document = self.piece(Piece(index=index))
-        choice = document["choices"][0]
-        choice |= self._prompt_of(index)
-        if self._chat:
-            choice["delta"] = {"role": "assistant", "content": ""}
-        return document | self._prompt()
-
-    def piece(self, piece: Piece) -> dict[str, Any]:
-        """One chunk."""
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
-        content = {"content": piece.text} if piece.text else {}
-        new = {"delta": content} if self._chat else {"text": piece.text}
-        document = self._document(kind, [self._choice(piece, scored=bool(piece.scores)) | new])
-        return document | ({"usage": None} if self._request.include_usage else {})
-
-    def last(self, completion_tokens: int) -> dict[str, Any]:
-        """The chunk with the usage, for `stream_options.include_usage`."""
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
-        return self._document(kind, []) | {"usage": self._usage(completion_tokens)}
-
-    def _document(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "object": kind, "choices": choices}
-
-    def _choice(self, piece: Piece, *, scored: bool) -> dict[str, Any]:
-        scores = _chat_scores if self._chat else _text_scores
-        scored = scored and self._request.alternatives is not None
-        choice: dict[str, Any] = {
-            "index": piece.index,
-            "logprobs": scores(piece.scores) if scored else None,
-            "finish_reason": piece.reason,
-        }
-        if self._request.return_token_ids:
+    def _choice(self, piece: Piece) -> Choice:
+        choice: Choice = {"index": piece.index, "finish_reason": piece.reason}
+        if self._with_token_ids:
             choice["token_ids"] = piece.token_ids
         return choice
 
-    def _prompt(self) -> dict[str, Any]:
-        if not self._request.return_token_ids or len(self._prompts) > 1:
-            return {}
-        return {"prompt_token_ids": self._prompts[0]}
-
-    def _prompt_of(self, index: int) -> dict[str, Any]:
-        """Where vLLM has it, since a text request may have several prompts."""
-        if not self._request.return_token_ids or self._chat:
-            return {}
-        return {"prompt_token_ids": self._prompts[index // self._request.n]}
-
-    def _usage(self, completion_tokens: int) -> dict[str, int]:
+    def _usage(self, completion_tokens: int) -> Usage:
         prompt_tokens = sum(map(len, self._prompts))
-        return _usage(prompt_tokens) | {
+        return {
+            "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
         }
 
 
-def embedding_document(
-    request: EmbeddingRequest,
-    vectors: Sequence[Sequence[float]],
+class ChatResponses(_GenerationResponses):
+    """Builds the document or the chunks of one chat; all have the same id, time and revision."""
+
+    def whole(self, choices: Sequence[Piece]) -> ChatDocument:
+        """The whole response; each choice in one piece, in the order of their index."""
+        return {
+            **self._first_head(),
+            "object": "chat.completion",
+            "choices": [self._whole_choice(piece) for piece in choices],
+            "usage": self._usage(sum(len(piece.token_ids) for piece in choices)),
+        }
+
+    def first(self, index: int) -> ChatChunk:
+        """The chunk that opens a choice: it names the role."""
+        return self._chunk(
+            self._first_head(), Piece(index=index), {"role": "assistant", "content": ""}
+        )
+
+    def piece(self, piece: Piece) -> ChatChunk:
+        """The chunk with one piece."""
+        return self._chunk(self._head, piece, {"content": piece.text} if piece.text else {})
+
+    def last(self, completion_tokens: int) -> ChatChunk:
+        """The chunk with the usage, for `stream_options.include_usage`."""
+        return {
+            **self._head,
+            "object": "chat.completion.chunk",
+            "choices": [],
+            "usage": self._usage(completion_tokens),
+        }
+
+    def _whole_choice(self, piece: Piece) -> ChatChoice:
+        return {
+            **self._choice(piece),
+            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "logprobs": _chat_scores(piece.scores) if self._scored else None,
+        }
+
+    def _chunk(self, head: Head, piece: Piece, delta: ChatDelta) -> ChatChunk:
+        choice: ChatChunkChoice = {
+            **self._choice(piece),
+            "delta": delta,
+            "logprobs": _chat_scores(piece.scores) if self._scored and piece.scores else None,
+        }
+        chunk: ChatChunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}
+        if self._with_usage:
+            chunk["usage"] = None
+        return chunk
+
+
+class TextResponses(_GenerationResponses):
+    """Builds the document or the chunks of one completion, as `ChatResponses` does."""
+
+    def whole(self, choices: Sequence[Piece]) -> TextDocument:
+        """The whole response; each choice in one piece, in the order of their index."""
+        return {
+            **self._first_head(),
+            "object": "text_completion",
+            "choices": [
+                self._opened(self._text_choice(piece, scored=self._scored)) for piece in choices
+            ],
+            "usage": self._usage(sum(len(piece.token_ids) for piece in choices)),
+        }
+
+    def first(self, index: int) -> TextChunk:
+        """The chunk that opens a choice: an empty piece."""
+        choice = self._text_choice(Piece(index=index), scored=False)
+        return self._chunk(self._first_head(), self._opened(choice))
+
+    def piece(self, piece: Piece) -> TextChunk:
+        """The chunk with one piece."""
+        scored = self._scored and bool(piece.scores)
+        return self._chunk(self._head, self._text_choice(piece, scored=scored))
+
+    def last(self, completion_tokens: int) -> TextChunk:
+        """The chunk with the usage, for `stream_options.include_usage`."""
+        return {
+            **self._head,
+            "object": "text_completion",
+            "choices": [],
+            "usage": self._usage(completion_tokens),
+        }
+
+    def _text_choice(self, piece: Piece, *, scored: bool) -> TextChoice:
+        return {
+            **self._choice(piece),
+            "text": piece.text,
+            "logprobs": _text_scores(piece.scores) if scored else None,
+        }
+
+    def _opened(self, choice: TextChoice) -> TextChoice:
+        """The choice with the tokens of its prompt, where vLLM has them: there may be several."""
+        if self._with_token_ids:
+            choice["prompt_token_ids"] = self._prompts[choice["index"] // self._n]
+        return choice
+
+    def _chunk(self, head: Head, choice: TextChoice) -> TextChunk:
+        chunk: TextChunk = {**head, "object": "text_completion", "choices": [choice]}
+        if self._with_usage:
+            chunk["usage"] = None
+        return chunk
+
+
+Responses = ChatResponses | TextResponses
+
+
+def responses_to(
+    request: ChatOrCompletion,
+    prompts: list[TokenIds],
     *,
     model: str,
     revision: str,
     replica: str,
-    tokens: int,
-) -> dict[str, Any]:
-    """A vector for each input, in their order; `tokens` is how many all inputs had."""
-    coded = request.encoding_format == "base64"
-    data = [
-        {
-            "object": "embedding",
-            "index": index,
-            "embedding": _base64(vector) if coded else list(vector),
-        }
-        for index, vector in enumerate(vectors)
-    ]
-    return {
-        "object": "list",
-        "data": data,
-        "model": model,
-        "system_fingerprint": revision,
-        "replica_id": replica,
-        "usage": _usage(tokens),
-    }
-
-
-def classification_document(
-    request: ClassifyRequest,
-    probs: Sequence[Sequence[float]],
-    labels: Sequence[str],
-    *,
-    model: str,
-    revision: str,
-    replica: str,
-    tokens: int,
-) -> dict[str, Any]:
-    """A row of probabilities for each input, in their order; `labels` name the columns."""
-    assert len(probs) == len(request.input)
-    data = [
-        {
-            "index": index,
-            "label": labels[max(range(len(row)), key=row.__getitem__)],
-            "probs": list(row),
-            "num_classes": len(row),
-        }
-        for index, row in enumerate(probs)
-    ]
-    return {
-        "id": f"classify-{uuid.uuid4().hex}",
-        "object": "list",
+) -> Responses:
+    """The builder of the responses to one request. `prompts`: the token ids of each prompt."""
+    chat = isinstance(request, ChatRequest)
+    head: Head = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
         "created": int(time.time()),
         "model": model,
         "system_fingerprint": revision,
         "replica_id": replica,
-        "data": data,
-        "usage": _usage(tokens),
+    }
+    if isinstance(request, ChatRequest):
+        return ChatResponses(request, prompts, head=head)
+    return TextResponses(request, prompts, head=head)
+
+
+# ---- log-probabilities --------------------------------------------------------------------------
+
+
+def _chat_scores(scores: list[TokenScore]) -> ChatScores:
+    return {
+        "content": [
+            {**_chat_token(score.chosen), "top_logprobs": [_chat_token(each) for each in score.top]}
+            for score in scores
+        ],
+        "refusal": None,
     }
 
 
-def _message(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, "refusal": None}
-
-
-def _chat_scores(scores: list[TokenScore]) -> dict[str, Any]:
-    content = [
-        _chat_token(score.chosen) | {"top_logprobs": [_chat_token(token) for token in score.top]}
-        for score in scores
-    ]
-    return {"content": content, "refusal": None}
-
-
-def _chat_token(token: NamedToken) -> dict[str, Any]:
+def _chat_token(token: NamedToken) -> ChatToken:
     return {"token": token.text, "logprob": _finite(token.logprob), "bytes": list(token.data)}
 
 
-def _text_scores(scores: list[TokenScore]) -> dict[str, Any]:
+def _text_scores(scores: list[TokenScore]) -> TextScores:
     return {
         "tokens": [score.chosen.text for score in scores],
         "token_logprobs": [_finite(score.chosen.logprob) for score in scores],
-        # the token that was taken is always among them, as OpenAI has it
+        # the sampled token is always among them, as OpenAI has it
         "top_logprobs": [
             {token.text: _finite(token.logprob) for token in (*score.top, score.chosen)}
             for score in scores
@@ -237,13 +260,4 @@ def _text_scores(scores: list[TokenScore]) -> dict[str, Any]:
 
 
 def _finite(logprob: float) -> float:
-    return logprob if logprob > _LOWEST else _LOWEST  # so NaN is the lowest, too
-
-
-def _base64(vector: Sequence[float]) -> str:
-    """Little-endian float32, as OpenAI's clients decode it."""
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
-
-
-def _usage(prompt_tokens: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens}
+    return logprob if logprob > _LOWEST_LOGPROB else _LOWEST_LOGPROB  # NaN too becomes the lowest

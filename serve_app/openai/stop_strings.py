@@ -1,4 +1,4 @@
-"""Stop strings in a text that comes in pieces."""
+"""Finds stop strings in a text that is generated piece by piece."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """For one stream: lets text through up to the first stop string, which it swallows.
+    """Cuts the text of one choice before its first stop string.
 
-    Text that may be the start of a stop string is held back. The string that is complete first
-    ends the text; of two that are complete at once, the longer one. It does not matter how the
-    text is cut into pieces.
+    Text that may be the start of a stop string is held back. The stop string that is complete
+    first ends the text; of two that are complete at once, the longer one. The result does not
+    depend on the pieces into which the text is cut.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -19,7 +19,7 @@ class StopStrings:
         self.found = False
 
     def feed(self, text: str) -> str:
-        """What of the text is certain now; may be empty. Nothing more once one is found."""
+        """Adds text. Returns the text that can be sent now; empty once a stop string was found."""
         if self.found or not self._stops:
             return "" if self.found else text
         seen = self._held + text
@@ -33,23 +33,26 @@ class StopStrings:
         return seen[:certain]
 
     def rest(self) -> str:
-        """What was held back, when the text ends without a stop string."""
+        """Returns the text that is held back, for a text that ends without a stop string."""
         text, self._held = self._held, ""
         return text
 
 
 class _Stop:
-    """One stop string and how much of it the text ends with (Knuth, Morris, Pratt)."""
+    """One stop string, and the number of its characters at the end of the text.
+
+    Knuth, Morris, Pratt: Fast Pattern Matching in Strings, 1977.
+    """
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.matched = 0
-        self._back = [0] * len(text)  # after a mismatch: the next shorter match to try
+        self._back = [0] * len(text)  # after a mismatch: the next shorter match
         for end in range(1, len(text)):
             self._back[end] = self._next(self._back[end - 1], text[end])
 
     def advance(self, char: str) -> bool:
-        """Whether the string is complete with this character."""
+        """Adds a character. Returns True if it completes the stop string."""
         self.matched = self._next(self.matched, char)
         return self.matched == len(self.text)
 

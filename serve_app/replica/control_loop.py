@@ -12,7 +12,7 @@ import copy
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import ray
 from ray.exceptions import ObjectLostError
@@ -24,7 +24,7 @@ from serve_app.replica.staging import Brought, Staging
 from serve_app.rollout.state import Desired, Failure, ReplicaState
 from serve_app.wire.admin import StartView, SwapView
 from serve_app.wire.reports import Answer, Report
-from serve_app.wire.routing_stats import routing_stats
+from serve_app.wire.routing_stats import RoutingStats, routing_stats
 
 logger = logging.getLogger(__name__)
 Step = Callable[[str], Awaitable[None]]
@@ -162,7 +162,7 @@ class ControlLoop:
             request_stats=copy.deepcopy(engine.recorder.request_stats),
         )
 
-    def routing_stats(self) -> dict[str, Any]:
+    def routing_stats(self) -> RoutingStats:
         """For those who route requests (`serve_app.gateway.router`)."""
         want = self._acting_on
         return routing_stats(

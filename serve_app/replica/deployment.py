@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
 import torch
-from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from hotswap_lib import Layout
@@ -29,6 +28,12 @@ from serve_app.openai.requests import (
     CompletionRequest,
     EmbeddingRequest,
 )
+from serve_app.openai.response_schemas import (
+    ClassificationList,
+    EmbeddingList,
+    GenerationChunk,
+    GenerationDocument,
+)
 from serve_app.replica.compile_cache import open_compile_cache
 from serve_app.replica.control_loop import ControlLoop
 from serve_app.replica.loading import Loaded, load
@@ -38,6 +43,7 @@ from serve_app.replica.serving_generate import GenerationServing
 from serve_app.settings import Settings
 from serve_app.wire.admin import StartView
 from serve_app.wire.errors import EngineStopped, InvalidRequest
+from serve_app.wire.ray_internals import this_replica_id
 from serve_app.wire.reports import Answer, Report
 from serve_app.wire.text_score import TextScore
 
@@ -91,7 +97,7 @@ class Model:
         if settings.torch_threads is not None:
             torch.set_num_threads(settings.torch_threads)
         self._settings = settings
-        replica = serve.get_replica_context().replica_id.unique_id
+        replica = this_replica_id()
         loaded = await asyncio.to_thread(load, settings)
         self._task = loaded.task
         cache = await asyncio.to_thread(open_compile_cache, loaded.slot, settings)
@@ -120,7 +126,7 @@ class Model:
         request: ChatRequest | dict[str, Any],
         pin: str | None = None,
         session: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> GenerationDocument:
         """Answer a chat: OpenAI's request in, OpenAI's `chat.completion` document out."""
         checked = ChatRequest.model_validate(request)
         return await self._generating.whole(
@@ -132,7 +138,7 @@ class Model:
         request: CompletionRequest | dict[str, Any],
         pin: str | None = None,
         session: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> GenerationDocument:
         """Continue a text: OpenAI's request in, OpenAI's `text_completion` document out."""
         checked = CompletionRequest.model_validate(request)
         return await self._generating.whole(
@@ -144,7 +150,7 @@ class Model:
         request: ChatRequest | CompletionRequest,
         pin: str | None = None,
         session: str | None = None,
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncIterator[GenerationChunk]:
         """The same answer in chunks. Use `handle.options(stream=True).stream.remote(request)`."""
         chunks = self._generating.stream(
             request, self._pin(request.model, pin), session or request.user
@@ -162,7 +168,7 @@ class Model:
         request: EmbeddingRequest | dict[str, Any],
         pin: str | None = None,
         session: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> EmbeddingList:
         """OpenAI's embeddings request in, its list of embeddings out."""
         checked = EmbeddingRequest.model_validate(request)
         return await self._encoding("embed").embeddings(
@@ -174,14 +180,14 @@ class Model:
         request: ClassifyRequest | dict[str, Any],
         pin: str | None = None,
         session: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> ClassificationList:
         """vLLM's classification request in, a list of probabilities for each text out."""
         checked = ClassifyRequest.model_validate(request)
         return await self._encoding("classify").classify(
             checked, self._pin(checked.model, pin), session or checked.user
         )
 
-    def record_routing_stats(self) -> dict[str, Any]:
+    def record_routing_stats(self) -> Mapping[str, object]:
         """What Serve hands to every `serve_app.gateway.router.RevisionRouter`."""
         return self._lane.routing_stats() if hasattr(self, "_lane") else {}
 

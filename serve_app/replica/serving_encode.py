@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from serve_app.engine.encoder import EncoderEngine
+from serve_app.openai.encoder_responses import classification_document, embedding_document
 from serve_app.openai.requests import ClassifyRequest, EmbeddingRequest
-from serve_app.openai.responses import classification_document, embedding_document
+from serve_app.openai.response_schemas import ClassificationList, EmbeddingList
 from serve_app.settings import Settings
 from serve_app.wire.errors import InvalidRequest
 
@@ -45,7 +46,7 @@ class EncoderServing:
         request: EmbeddingRequest | dict[str, Any],
         pin: str | None = None,
         session: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> EmbeddingList:
         """OpenAI's request in, its document out. Raises `InvalidRequest`, and as `admit`."""
         asked = EmbeddingRequest.model_validate(request)
         revision, tokens, vectors = await self._rows(asked.input, pin, session)
@@ -63,7 +64,7 @@ class EncoderServing:
         request: ClassifyRequest | dict[str, Any],
         pin: str | None = None,
         session: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> ClassificationList:
         """vLLM's request in, its document out. Raises `InvalidRequest`, and as `admit`."""
         asked = ClassifyRequest.model_validate(request)
         revision, tokens, probs = await self._rows(asked.input, pin, session)

@@ -18,7 +18,8 @@ from hotswap_lib import Revision
 from serve_app.engine.sampling_params import SamplingParams, TokenLogprobs
 from serve_app.engine.steps import GenerationOutput
 from serve_app.openai.requests import ChatRequest, CompletionRequest, TokenIds
-from serve_app.openai.responses import NamedToken, Piece, Responses, TokenScore
+from serve_app.openai.response_schemas import GenerationChunk, GenerationDocument
+from serve_app.openai.responses import NamedToken, Piece, Responses, TokenScore, responses_to
 from serve_app.openai.stop_strings import StopStrings
 from serve_app.replica.detokenizer import Detokenizer, TokenNames
 from serve_app.settings import Settings
@@ -82,7 +83,7 @@ class GenerationServing:
 
     async def whole(
         self, request: Request, pin: str | None = None, session: str | None = None
-    ) -> dict[str, Any]:
+    ) -> GenerationDocument:
         """The answer in one document. Raises `InvalidRequest`."""
         prompts = await self._prompts(request)
         async with self._engine.admit(pin, session) as ticket:
@@ -97,7 +98,7 @@ class GenerationServing:
 
     async def stream(
         self, request: Request, pin: str | None = None, session: str | None = None
-    ) -> AsyncGenerator[dict[str, Any], None]:
+    ) -> AsyncGenerator[GenerationChunk, None]:
         """The answer in chunks, the first one when there is a first token. Raises as `whole`."""
         prompts = await self._prompts(request)
         async with self._engine.admit(pin, session) as ticket:
@@ -144,7 +145,7 @@ class GenerationServing:
                 await asyncio.gather(*jobs, return_exceptions=True)
 
     def _responses(self, request: Request, prompts: list[TokenIds], ticket: Ticket) -> Responses:
-        return Responses(
+        return responses_to(
             request,
             prompts,
             model=self._settings.model_name,

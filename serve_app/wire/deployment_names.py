@@ -3,6 +3,4 @@
 from __future__ import annotations
 
 MODEL = "Model"
-
-
 CONTROLLER = "RolloutController"

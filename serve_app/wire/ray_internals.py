@@ -1,15 +1,57 @@
-"""Everything of Ray that is private or undocumented, in one place. Each use has a test.
+"""Every private or undocumented attribute of Ray that the application uses, behind a function.
 
-tests/serve_app/wire/test_ray_internals.py fails with the name of what changed in Ray.
+`tests/serve_app/wire/test_ray_internals.py` says which one changed when Ray is upgraded.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+from ray import serve
+from ray.serve.request_router import PendingRequest
+
 
 def cause_of(error: BaseException) -> BaseException:
-    """The exception that a remote call raised on the other side, as it was raised there.
+    """Returns the exception that a remote call raised in the other process; else `error` itself.
 
-    Ray wraps it in a RayTaskError and keeps it in an undocumented attribute, `cause`.
+    Ray wraps it in a RayTaskError and keeps it in the undocumented attribute `cause`.
     """
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, BaseException) else error
+
+
+def this_replica_id() -> str:
+    """Returns the id of the Serve replica that runs this process; unique in the cluster.
+
+    `ReplicaID` is public, its field `unique_id` is undocumented.
+    """
+    id: str = serve.get_replica_context().replica_id.unique_id
+    return id
+
+
+def is_assigned(call: Any) -> bool:
+    """Returns True if a replica has accepted the call of a DeploymentHandle.
+
+    Until then the call waits in the handle's queue: the private future
+    `_replica_result_future` of the DeploymentResponse is not done.
+    """
+    return bool(call._replica_result_future.done())
+
+
+def request_id(pending: PendingRequest) -> str:
+    """Returns the id of a call that a request router places, the same at each attempt."""
+    id: str = pending.metadata.internal_request_id
+    return id
+
+
+def call_arguments(pending: PendingRequest) -> tuple[list[Any], dict[str, Any]]:
+    """Returns the positional and the keyword arguments of a call that a request router places."""
+    return pending.args, pending.kwargs
+
+
+def back_off_when_full(pending: PendingRequest) -> None:
+    """Makes Ray wait before it asks the router again, if all chosen replicas are full.
+
+    Without `routing_context.should_backoff` it asks again at once, in a busy loop.
+    """
+    pending.routing_context.should_backoff = True

@@ -1,31 +1,40 @@
-"""Routing statistics: the part of a replica's state that Serve passes on to every router."""
+"""Routing statistics: data that each replica publishes to all request routers, through Serve."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from pydantic import TypeAdapter
-from ray.serve.request_router import RunningReplica
 
 from serve_app.rollout.state import Traffic
 
-_TRAFFIC = TypeAdapter(Traffic | None)
+_TRAFFIC = TypeAdapter(Traffic)
+
+
+class RoutingStats(TypedDict):
+    """The statistics of one replica, as JSON values; `{}` until it has published them.
+
+    `decision`: epoch and generation of the controller's decision that the replica follows.
+    `serves`: the keys of the revisions that it runs requests on, the default first.
+    `traffic`: the canary's share of the requests in that decision, for `parse_traffic`.
+    """
+
+    decision: list[int]
+    serves: list[str]
+    traffic: dict[str, Any] | None
 
 
 def routing_stats(
     *, epoch: int, generation: int, serves: Sequence[str], traffic: Traffic | None
-) -> dict[str, Any]:
-    """What a replica says for this router; Serve passes it on as it is."""
+) -> RoutingStats:
     return {
         "decision": [epoch, generation],
         "serves": list(serves),
-        "traffic": _TRAFFIC.dump_python(traffic, mode="json"),
+        "traffic": None if traffic is None else _TRAFFIC.dump_python(traffic, mode="json"),
     }
 
 
-def newest_traffic(replicas: Sequence[RunningReplica]) -> Traffic | None:
-    said = [replica.routing_stats for replica in replicas if "decision" in replica.routing_stats]
-    if not said:
-        return None
-    return _TRAFFIC.validate_python(max(said, key=lambda each: each["decision"])["traffic"])
+def parse_traffic(document: dict[str, Any]) -> Traffic:
+    """Raises `pydantic.ValidationError` for the format of another version."""
+    return _TRAFFIC.validate_python(document)
