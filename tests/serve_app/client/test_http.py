@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+import time
 
 import httpx
 import pytest
@@ -55,12 +56,14 @@ def away() -> Exception:
 class ScriptedServer(httpx.BaseTransport):
     """Plays its steps in order, the last one for ever, and remembers what it was asked."""
 
-    def __init__(self, *steps: httpx.Response | Exception) -> None:
+    def __init__(self, *steps: httpx.Response | Exception, delay_s: float = 0) -> None:
         self.steps = list(steps)
+        self.delay_s = delay_s
         self.asked: list[httpx.Request] = []
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         self.asked.append(request)
+        time.sleep(self.delay_s)
         step = self.steps.pop(0) if len(self.steps) > 1 else self.steps[0]
         if isinstance(step, Exception):
             raise step
@@ -199,7 +202,7 @@ def test_a_refusal_has_the_servers_status_code_and_sentence() -> None:
     assert (refused.status, refused.code) == (400, "rank_over_envelope")
     assert refused.message == "rank 64 is over 16"
     assert str(refused) == (
-        "the server refused the request (400 rank_over_envelope): rank 64 is over 16"
+        "the server rejected the request (400 rank_over_envelope): rank 64 is over 16"
     )
 
 
@@ -234,7 +237,7 @@ def test_whatever_is_not_a_hotswap_server_is_unreachable(step: httpx.Response | 
 
 def test_a_lost_answer_to_a_post_says_that_it_may_have_been_accepted() -> None:
     lost = ScriptedServer(httpx.ReadTimeout("timed out"))
-    with client_of(lost) as client, pytest.raises(ServerUnreachable, match="accepted is unknown"):
+    with client_of(lost) as client, pytest.raises(ServerUnreachable, match="may have accepted"):
         client.undo()
     with client_of(ScriptedServer(away())) as client, pytest.raises(ServerUnreachable) as caught:
         client.undo()
@@ -275,6 +278,12 @@ def test_watch_gives_up_on_an_outage_that_lasts_and_says_how_long_it_waited() ->
         next(moments)
         with pytest.raises(ServerUnreachable, match=r"gave up after 0 s .*fleet_not_ready"):
             next(moments)
+
+
+def test_an_outage_begins_with_the_first_failure_and_not_with_a_request_that_hangs() -> None:
+    hangs = ScriptedServer(httpx.ReadTimeout("timed out"), answer(FLEET), delay_s=0.1)
+    with client_of(hangs) as client:
+        assert next(client.watch_fleet(period_s=0, outage_s=0.05)) == FLEET
 
 
 def test_watch_does_not_wait_on_a_refusal() -> None:
