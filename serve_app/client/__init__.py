@@ -2,8 +2,8 @@
 
 Runs in a user's script, trainer, CI job or shell; never in the cluster, and without Ray or torch
 (`hotswap inspect` alone reads adapters, with torch).
-In: a plan, a rollout's id or an adapter; answers of the gateway as `wire.admin` views.
-Out: HTTP requests to `/admin/*` and `/v1/*_lora_adapter*`, text or JSON on the terminal, exit codes.
+In: a plan, a rollout's id or an adapter from the user; `wire.admin` views from the gateway.
+Out: HTTP requests to `/admin/*` and `/v1/*lora_adapter*`; text or JSON, and an exit code.
 
 Scripts import from here:
 

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from ray import serve
 
-from serve_app.client.http import RequestRejected, ServerUnreachable
+from serve_app.client import RequestRejected, ServerUnreachable
 from serve_app.rollout.analysis import Analysis, Check, Limits, Probe
 from serve_app.rollout.plan import CanaryStep, Placement, Plan
 from serve_app.wire.admin import CanaryView, RolloutView
