@@ -87,7 +87,7 @@ def root(
 
 @app.command()
 def status(ctx: typer.Context, watch: Watch = False, as_json: Json = False) -> None:
-    """Show the fleet: the revisions of every replica, and the current rollout."""
+    """Show every replica and the current rollout."""
     client: HotswapClient = ctx.obj
     fleet = client.fleet()  # reports a wrong address at once, not after `watch_fleet`'s outage
     if not watch:
@@ -111,7 +111,10 @@ def undo(
     watch: Watch = False,
     as_json: Json = False,
 ) -> None:
-    """Abort the current rollout; without one, return to the previous stable revision."""
+    """Take back the last change.
+
+    Aborts the current rollout; without one, returns to the previous stable revision.
+    """
     client: HotswapClient = ctx.obj
     undone = client.undo(to=to, expected_generation=expected_generation, key=key)
     show_rollout(client, undone, watch=watch, as_json=as_json)
@@ -130,7 +133,10 @@ def inspect(
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Path, URI, Hub id.")],
     as_json: Json = False,
 ) -> None:
-    """Describe adapters, without a server: ranks, sizes, the smallest envelope for all."""
+    """Describe adapters; needs no server.
+
+    Shows ranks, sizes, and the smallest envelope for all of them.
+    """
     from serve_app.client import inspect as inspection  # it needs torch, which takes seconds
 
     try:

@@ -41,7 +41,7 @@ def start(
     ] = None,
     name: Annotated[str | None, typer.Option(help="The revision's name.")] = None,
     strategy: Annotated[
-        Strategy | None, typer.Option(help="In waves (the default), at once, or step by step.")
+        Strategy | None, typer.Option(help="At once, in waves (the default), or step by step.")
     ] = None,
     step: Annotated[
         list[str],
@@ -49,7 +49,7 @@ def start(
     ] = [],  # noqa: B006  # typer copies it
     placement: Annotated[
         Placement | None,
-        typer.Option(help="The canary on every replica, or on replicas of its own."),
+        typer.Option(help="The canary on replicas of its own, or on every replica."),
     ] = None,
     max_unavailable: Annotated[
         int | None, typer.Option(min=1, help="Replicas out of service at once; 1 by default.")
@@ -143,7 +143,7 @@ _add_verb(HotswapClient.pause, "Stay in the current step; no more replicas go to
 _add_verb(HotswapClient.resume, "Continue after a pause.")
 _add_verb(
     HotswapClient.retry,
-    "Repeat the failed step of a paused rollout, or all of a rollout that has ended.",
+    "Repeat what failed: the step of a paused rollout, or a whole ended rollout.",
 )
 
 
