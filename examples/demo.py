@@ -1,9 +1,11 @@
-"""`make demo`: a fleet under load that changes its adapter three times, and the proof that it did.
+"""The demo: a fleet under constant load swaps its adapter three times; every answer is checked.
 
-Starts the app with `serve run`, swaps pirate → terse_json → shakespeare → undo while clients ask
-without a pause, stops everything, then checks every answer against plain PEFT. The last line is
-one JSON object. Exit code 0: nothing failed, mismatched or recompiled; 1: something did, or the
-demo could not run; 130: stopped by Ctrl-C.
+    make demo        or, with options: python -m examples.demo --clients 8
+
+Starts the application with `serve run`, swaps pirate → terse_json → shakespeare → undo while
+clients send requests without a pause, stops everything, then compares every answer with plain
+PEFT's. The last line is one JSON object. Exit code 0: nothing failed, mismatched or recompiled;
+1: something did, or the demo could not run; 2: the port is taken; 130: stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ from examples.demo_reference import (
     summary,
 )
 from examples.demo_server import FIRST, PORT, REPLICAS, DemoFailed, Server, free_port
-from serve_app.client.http import DEFAULT_URL, HotswapClient, RequestRejected, ServerUnreachable
-from serve_app.client.terminal import rollout_line
-from serve_app.replica import embedded_model as embedded
+from serve_app.client import DEFAULT_URL, HotswapClient, RequestRejected, ServerUnreachable
+from serve_app.client.terminal_rollout import rollout_line
+from serve_app.replica.embedded_model import ADAPTERS, base_model_path, cache_dir
 from serve_app.rollout.plan import Plan
 from serve_app.wire.admin import FleetView
 
@@ -51,11 +53,11 @@ def wait_ready(server: Server, client: HotswapClient, screen: Screen) -> FleetVi
             screen.doing("starting Ray, Serve and the controller")
         else:
             if not fleet.journal_uri.startswith(str(server.folder)):
-                raise DemoFailed(f"some other program took {server.url} meanwhile")
+                raise DemoFailed(f"another program has taken {server.url} in the meantime")
             serving = sum(replica.serving for replica in fleet.replicas)
             if serving == REPLICAS:
                 return fleet
-            first = not any(embedded.cache_dir().glob("smollm2-*/config.json"))
+            first = not any(cache_dir().glob("smollm2-*/config.json"))
             work = "converting the model, only on the first run," if first else "loading, compiling"
             screen.doing(f"{work} and warming up: {serving} of {REPLICAS} replicas serve")
         time.sleep(0.5)
@@ -63,7 +65,7 @@ def wait_ready(server: Server, client: HotswapClient, screen: Screen) -> FleetVi
 
 
 def dwell(client: HotswapClient, screen: Screen, load: Load, *, seconds: float) -> None:
-    """Stay until every replica has answered on the stable revision. Raises `DemoFailed`."""
+    """Wait until every replica has answered on the stable revision. Raises `DemoFailed`."""
     began_at = time.time()
     for fleet in client.watch_fleet(period_s=0.5):
         screen.show(fleet, None, load)
@@ -76,17 +78,17 @@ def dwell(client: HotswapClient, screen: Screen, load: Load, *, seconds: float) 
 
 
 def swap(client: HotswapClient, screen: Screen, load: Load, story: Story, to: str | None) -> None:
-    """One rollout to its end; `None` is undo. Raises `DemoFailed` when it is not promoted."""
+    """Run one rollout to its end; `to=None` is undo. Raises `DemoFailed` if it is not promoted."""
     at = "" if client.base_url == DEFAULT_URL else f" --url {client.base_url}"
     if to is None:
         screen.say(f"$ hotswap{at} undo --watch")
-        begun = client.undo()
+        started = client.undo()
     else:
         screen.say(f"$ hotswap{at} rollout start --adapter serve_app/adapters/{to} --watch")
-        begun = client.start(Plan(adapter=str(embedded.ADAPTERS / to)))
-    for rollout, fleet in client.watch(begun.id):
+        started = client.start(Plan(adapter=str(ADAPTERS / to)))
+    for rollout, fleet in client.watch(started.id):
         screen.show(fleet, rollout, load)
-        story.saw(fleet.replicas)
+        story.record(fleet.replicas)
     story.rollouts.append((rollout, fleet.replicas))
     screen.say(rollout_line(rollout))
     if rollout.state != "succeeded":
@@ -94,12 +96,14 @@ def swap(client: HotswapClient, screen: Screen, load: Load, story: Story, to: st
 
 
 def traffic(options: argparse.Namespace, server: Server, screen: Screen, story: Story) -> None:
-    """From `serve run` to the last answer."""
+    """Start the server, send requests through three swaps, and record the answers."""
     with HotswapClient(server.url) as client:
         with story.timed("start"):
             screen.say(f"$ {server.start()}")
             fleet = wait_ready(server, client, screen)
-        screen.say(f"{REPLICAS} replicas serve {fleet.stable}; {options.clients} clients ask")
+        screen.say(
+            f"{REPLICAS} replicas serve {fleet.stable}; {options.clients} clients send requests"
+        )
         load = Load(server.url, clients=options.clients)
         load.start()
         try:
@@ -109,22 +113,22 @@ def traffic(options: argparse.Namespace, server: Server, screen: Screen, story: 
                     swap(client, screen, load, story, target)
                     dwell(client, screen, load, seconds=options.seconds_per_phase)
                 load.stop()
-        finally:  # copies: what fails because the server is being stopped is not the server's fault
+        finally:  # copies, without the requests that fail because the server is being stopped
             story.answers, story.failures = load.answers.copy(), load.failures.copy()
         screen.say(load.line())
-        story.saw(client.fleet().replicas)
+        story.record(client.fleet().replicas)
         story.complete = True
 
 
-def judge(screen: Screen, story: Story) -> None:
-    """Check every answer, and show what was seen."""
-    adapters = [embedded.ADAPTERS / name for name in (FIRST, SECOND, THIRD)]
+def check_answers(screen: Screen, story: Story) -> None:
+    """Check every answer, and print the tables."""
+    adapters = [ADAPTERS / name for name in (FIRST, SECOND, THIRD)]
     expected = {}
     with story.timed("reference"):
-        screen.doing("the server is gone; asking plain PEFT the same questions")
-        for key, answer in references(embedded.base_model_path(), adapters):
+        screen.doing("the server has stopped; sending the same questions to plain PEFT")
+        for key, answer in references(base_model_path(), adapters):
             expected[key] = answer
-            screen.doing(f"the server is gone; asking plain PEFT the same questions: {key[0]}")
+            screen.doing(f"the server has stopped; sending the questions to plain PEFT: {key[0]}")
         found = (mismatch(answer, expected) for answer in story.answers)
         story.mismatches = [why for why in found if why]
     screen.close()
@@ -135,7 +139,7 @@ def judge(screen: Screen, story: Story) -> None:
 
 def _stop_now(signum: int, _frame: FrameType | None) -> None:
     for each in STOPPERS:
-        signal.signal(each, signal.SIG_IGN)  # a second Ctrl-C must not end the cleaning up
+        signal.signal(each, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the clean-up
     raise SystemExit(128 + signum)
 
 
@@ -143,30 +147,32 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
     parser.add_argument("--seconds-per-phase", type=float, default=4.0, metavar="S")
     parser.add_argument("--clients", type=int, default=4, metavar="N")
-    parser.add_argument("--port", type=int, help=f"default: {PORT}, or any when it is taken")
-    parser.add_argument("--json-only", action="store_true", help="print the last line alone")
+    parser.add_argument(
+        "--port", type=int, help=f"default: {PORT}, or any free port if it is taken"
+    )
+    parser.add_argument("--json-only", action="store_true", help="print only the last line")
     return parser.parse_args()
 
 
 def run(options: argparse.Namespace, server: Server, screen: Screen) -> Story:
-    """The whole demo; whatever happens, nothing of the server is left when this ends."""
+    """The whole demo. No process of the server is left afterwards, even after an error."""
     story = Story()
     try:
         traffic(options, server, screen, story)
         with story.timed("stop"):
             screen.doing("stopping the server")
             server.stop()
-        judge(screen, story)
+        check_answers(screen, story)
     except (DemoFailed, RequestRejected, ServerUnreachable) as error:
         story.error = str(error)
         screen.close()
         print(server.tail(), f"error: {error}", f"log: {server.log}", sep="\n", file=sys.stderr)
     except SystemExit:
         screen.close()
-        print("stopping everything that was started ...", file=sys.stderr, flush=True)
+        print("stopping the server ...", file=sys.stderr, flush=True)
         server.stop()
         server.forget()
-        print("stopped; nothing of it is left", file=sys.stderr)
+        print("stopped; no process is left", file=sys.stderr)
         raise
     finally:
         screen.close()

@@ -1,7 +1,7 @@
-"""Steady load for the demo: clients that never stop asking, what they were told, and how it looks.
+"""Constant load for the demo: clients in threads, their answers, and the progress on the screen.
 
-Every client asks in two ways in turn: one document over plain HTTP, and a stream through OpenAI's
-own package. So every swap meets both. Nothing is asked twice: a failure counts.
+Each client alternates between one document over plain HTTP and a stream through OpenAI's own
+package, so every swap meets both. Failed requests are counted, never repeated.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from rich.panel import Panel
 from rich.spinner import Spinner
 from rich.text import Text
 
-from serve_app.client.terminal import fleet_screen, revision_style, rollout_line
+from serve_app.client.terminal import fleet_screen
+from serve_app.client.terminal_rollout import rollout_line
+from serve_app.client.terminal_text import revision_style
 from serve_app.wire.admin import FleetView, RolloutView
 
-# For each of these the reference is sure of every token under every adapter: its best one leads by
-# 0.13 logits or more, a thousand times what another batch shape changes in float32.
+# For each of these, under every adapter, the reference's best token leads by 0.13 logits or more: a
+# thousand times the difference that another batch shape makes in float32.
 QUESTIONS = (
     "What is the capital of France?",
     "What should I eat for breakfast?",
@@ -43,18 +45,18 @@ Documents = Sequence[Mapping[str, Any]]
 
 
 class IncompleteAnswer(Exception):
-    """The server answered 200, but not all the way to an end."""
+    """The server rejected the request, or its answer has no end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One whole answer. `named`: every revision that the body, or any stream chunk, gives."""
+    """One complete answer. `named`: the revisions in the body, or in all chunks of the stream."""
 
     question: str
-    revision: str  # the response header's
+    revision: str  # from the response header
     named: frozenset[str]
     replica: str
-    prompt_ids: tuple[int, ...] | None  # a stream does not tell
+    prompt_ids: tuple[int, ...] | None  # None for a stream
     token_ids: tuple[int, ...]
     text: str
     streamed: bool
@@ -70,12 +72,12 @@ def read_answer(
     streamed: bool,
     began_at: float,
 ) -> Answer:
-    """The answer in one document, or in a stream's chunks. Raises `IncompleteAnswer`."""
+    """The answer from one document, or from the chunks of a stream. Raises `IncompleteAnswer`."""
     choices = [choice for each in documents for choice in each.get("choices") or ()]
     if not choices or not choices[-1].get("finish_reason"):
         raise IncompleteAnswer("the answer has no end")
     prompt_ids = documents[0].get("prompt_token_ids")
-    said = [choice.get("delta") or choice.get("message") or {} for choice in choices]
+    messages = [choice.get("delta") or choice.get("message") or {} for choice in choices]
     return Answer(
         question=question,
         revision=headers.get("x-adapter-revision", ""),
@@ -83,7 +85,7 @@ def read_answer(
         replica=headers.get("x-replica-id", ""),
         prompt_ids=None if prompt_ids is None else tuple(prompt_ids),
         token_ids=tuple(id for choice in choices for id in choice.get("token_ids") or ()),
-        text="".join(part.get("content") or "" for part in said),
+        text="".join(part.get("content") or "" for part in messages),
         streamed=streamed,
         began_at=began_at,
         ended_at=time.time(),
@@ -91,11 +93,11 @@ def read_answer(
 
 
 class Client:
-    """One user, with both ways to ask."""
+    """One user, with both ways to send a request."""
 
     def __init__(self, url: str) -> None:
         self._http = httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S)
-        # no retries: a request that fails must be seen to fail
+        # no retries: a failed request must be counted
         self._openai = openai.OpenAI(
             base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=REQUEST_TIMEOUT_S
         )
@@ -105,7 +107,7 @@ class Client:
         return self._openai.models.list().data[0].id
 
     def ask(self, question: str, *, stream: bool) -> Answer:
-        """Raises `IncompleteAnswer`, and httpx's and OpenAI's errors."""
+        """The answer. Raises `IncompleteAnswer`, httpx's errors and OpenAI's."""
         began_at = time.time()
         headers, documents = self._stream(question) if stream else self._whole(question)
         return read_answer(question, headers, documents, streamed=stream, began_at=began_at)
@@ -139,16 +141,16 @@ class Client:
 
 
 class Load:
-    """All clients, each in a thread of its own, from `start` to `stop`."""
+    """Clients that send requests from `start` to `stop`, each in its own thread."""
 
     def __init__(self, url: str, *, clients: int) -> None:
         self._url = url
         self._stopping = threading.Event()
         self._threads = [
-            threading.Thread(target=self._keep_asking, args=(number,), daemon=True)
+            threading.Thread(target=self._send_requests, args=(number,), daemon=True)
             for number in range(clients)
         ]
-        # both only ever grow, so a thread may append while another reads
+        # both only grow, so a thread may append while another reads
         self.answers: list[Answer] = []
         self.failures: list[str] = []
         self.began_at = time.time()
@@ -159,16 +161,16 @@ class Load:
             thread.start()
 
     def stop(self) -> None:
-        """Ask nothing new, and wait for every answer that is on its way."""
+        """Send no more requests, and wait for the answers to those that were sent."""
         self._stopping.set()
         deadline = time.monotonic() + REQUEST_TIMEOUT_S + 10
         for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0))
             if thread.is_alive():
-                self.failures.append("a request had no answer when its time was over")
+                self.failures.append("a request had no answer at its time limit")
 
     def answered_since(self, revision: str, at: float) -> Counter[str]:
-        """How many answers on `revision` each replica gave to requests that began after `at`."""
+        """Replica → its answers on `revision` to requests that began at `at` or later."""
         return Counter(
             each.replica
             for each in self.answers.copy()
@@ -181,7 +183,7 @@ class Load:
         return sum(each.ended_at > now - window_s for each in self.answers.copy()) / window_s
 
     def line(self) -> Text:
-        """Totals and speed, in one line."""
+        """Totals and rate, in one line."""
         parts = [Text(f"{len(self.answers)} answers, {self.per_second():.1f}/s")]
         for revision, count in by_revision(self.answers.copy()).items():
             parts.append(Text.assemble((revision, revision_style(revision)), f" {count}"))
@@ -189,19 +191,19 @@ class Load:
         parts.append(Text(f"{len(self.failures)} failed", style=style))
         return Text("  ").join(parts)
 
-    def _keep_asking(self, client: int) -> None:
-        speaker = Client(self._url)
+    def _send_requests(self, client: int) -> None:
+        user = Client(self._url)
         number = client
         while not self._stopping.is_set():
-            # an odd count of questions, so that each of them is asked in both ways
+            # an odd number of questions, so that each is sent in both ways
             question = QUESTIONS[number % len(QUESTIONS)]
             try:
-                self.answers.append(speaker.ask(question, stream=number % 2 == 1))
-            except Exception as error:  # whatever it was, a user went without an answer
+                self.answers.append(user.ask(question, stream=number % 2 == 1))
+            except Exception as error:  # any error leaves a user without an answer
                 self.failures.append(f"{type(error).__name__}: {error}"[:300])
                 time.sleep(AFTER_FAILURE_S)
             number += 1
-        speaker.close()
+        user.close()
 
 
 def by_revision(answers: Sequence[Answer]) -> Counter[str]:
@@ -209,25 +211,25 @@ def by_revision(answers: Sequence[Answer]) -> Counter[str]:
 
 
 class Screen:
-    """Says what happens: a live picture in a terminal, lines elsewhere."""
+    """The progress of the demo: a live screen in a terminal, lines elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._live = Live(console=console, transient=True) if console.is_terminal else None
         self._began = time.monotonic()
-        self._told = ""
-        self._load_told_at = 0.0
+        self._activity = ""
+        self._load_shown_at = 0.0
 
     def say(self, text: str | Text) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         took = Text(f"{time.monotonic() - self._began:6.1f} s  ", style="dim")
         self.console.print(took.append_text(Text() + text), soft_wrap=True)
 
     def doing(self, text: str) -> None:
-        """What goes on, as long as it does."""
-        if text == self._told:
+        """Show the current activity, until the next."""
+        if text == self._activity:
             return
-        self._told = text
+        self._activity = text
         if self._live is None:
             self.say(text)
         else:
@@ -240,8 +242,8 @@ class Screen:
             return self._live.update(Group(fleet_screen(fleet, rollout), Text(), panel))
         if rollout and not rollout.ended:
             self.doing(rollout_line(rollout).plain)
-        if time.monotonic() - self._load_told_at >= LOAD_LINE_EVERY_S:
-            self._load_told_at = time.monotonic()
+        if time.monotonic() - self._load_shown_at >= LOAD_LINE_EVERY_S:
+            self._load_shown_at = time.monotonic()
             self.say(load.line())
 
     def close(self) -> None:

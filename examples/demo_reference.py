@@ -1,8 +1,8 @@
-"""What the demo's answers should have been, and its verdict: the tables and the last line.
+"""The demo's expected answers and its result: the tables and the last line.
 
-The reference is PEFT itself: a fresh `PeftModel.from_pretrained` for each revision, nothing
-prepared, nothing compiled, greedy `generate`. No answer is left out, and none is given a second
-chance: it is the same tokens, on the revision that it names, or it is a mismatch.
+The reference is PEFT itself: a fresh `PeftModel.from_pretrained` for each revision, neither
+prepared nor compiled, greedy `generate`. Every answer is compared. It has the tokens of the
+reference for the revision that it names, or it is a mismatch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from examples.demo_load import MAX_TOKENS, QUESTIONS, Answer, by_revision
-from serve_app.client.terminal import revision_style, short_ids
+from serve_app.client.terminal_text import revision_style, short_ids
 from serve_app.wire.admin import ReplicaView, RolloutView, SwapView
 
 EXAMPLES_SHOWN = 5
@@ -29,7 +29,7 @@ EXAMPLES_SHOWN = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """What plain PEFT says: token ids with the end token, as the server gives them."""
+    """The answer of plain PEFT: token ids include the end token, as in the server's answers."""
 
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -37,16 +37,16 @@ class Expected:
 
 
 References = Mapping[tuple[str, str], Expected]
-"""(revision, question) → what to expect; every question under each adapter."""
+"""(revision, question) → the expected answer; every question under each adapter."""
 
 
 def references(base: Path, adapters: Sequence[Path]) -> Iterator[tuple[tuple[str, str], Expected]]:
     """The base model's answer to the first question, then each adapter's to all, one by one.
 
-    Imports and weights come only with the first one: start this when the server has given cores
-    and memory back.
+    Imports torch and loads the weights on the first one, so call this after the server has freed
+    its cores and memory.
     """
-    # said inside transformers and peft about each other
+    # raised inside transformers and peft about each other
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     import torch
     from peft import PeftModel
@@ -56,8 +56,8 @@ def references(base: Path, adapters: Sequence[Path]) -> Iterator[tuple[tuple[str
     from hotswap_lib import BASE, load_adapter
 
     logging.disable_progress_bar()
-    # Two threads are hardly faster on steps this small, and ten times slower where other programs
-    # want the cores too, because each waits at every step for the other to be scheduled.
+    # Two threads are hardly faster on steps this small, and ten times slower when other programs
+    # use the cores, because at every step each thread waits until the other is scheduled.
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(base)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,31 +92,31 @@ def _expected(model: Any, tokenizer: Any, question: str) -> Expected:
 
 
 def mismatch(answer: Answer, expected: References) -> str | None:
-    """Why `answer` is not what the revision that it names says; None where it is."""
+    """The difference between `answer` and the reference for its revision; None if they agree."""
     where = f"{answer.question!r} on {answer.revision or 'no revision'}, replica {answer.replica}"
     if answer.named != {answer.revision}:
         return f"{where}: the body names {', '.join(sorted(answer.named))}"
     right = expected.get((answer.revision, answer.question))
     if right is None:
-        return f"{where}: no such revision was ever given to the fleet"
+        return f"{where}: the fleet never had this revision"
     if answer.prompt_ids is not None and answer.prompt_ids != right.prompt_ids:
         return f"{where}: the prompt has other tokens"
     # the text too: a stream decodes its tokens piece by piece
     if (answer.token_ids, answer.text) != (right.token_ids, right.text):
-        return f"{where}: said {answer.text!r}, should say {right.text!r}"
+        return f"{where}: answered {answer.text!r}, expected {right.text!r}"
     return None
 
 
 @dataclass(slots=True, kw_only=True)
 class Story:
-    """What one run of the demo saw; `complete` once the fleet was looked at a last time."""
+    """The record of one run of the demo; `complete` after the last look at the fleet."""
 
     answers: list[Answer] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     mismatches: list[str] = field(default_factory=list)
     rollouts: list[tuple[RolloutView, list[ReplicaView]]] = field(default_factory=list)
-    compiled: dict[str, int] = field(default_factory=dict)  # replica → since its warm-up
-    seconds: dict[str, float] = field(default_factory=dict)  # part of the run → how long it took
+    compiled: dict[str, int] = field(default_factory=dict)  # replica → compilations after warm-up
+    seconds: dict[str, float] = field(default_factory=dict)  # part of the run → its duration
     complete: bool = False
     error: str | None = None
 
@@ -126,8 +126,8 @@ class Story:
         yield
         self.seconds[part] = time.monotonic() - began
 
-    def saw(self, replicas: Sequence[ReplicaView]) -> None:
-        """Remember compilations; a replica that is gone later must not take them along."""
+    def record(self, replicas: Sequence[ReplicaView]) -> None:
+        """Record compilations, so that those of a replica that dies later still count."""
         for each in replicas:
             count = each.recompiles + each.limit_hits
             self.compiled[each.id] = max(count, self.compiled.get(each.id, 0))
@@ -150,7 +150,7 @@ class Story:
 
 
 def summary(story: Story) -> dict[str, Any]:
-    """The demo's last line. Lists of numbers: one for each rollout, or for each replica's swap."""
+    """The demo's last line. Lists have one number for each rollout, or for each replica's swap."""
     swaps = list(story.swaps())
     during = [each for each in story.answers if _during_a_rollout(each, story)]
     document = {
@@ -198,25 +198,25 @@ def _counted(sentences: Sequence[str]) -> dict[str, int]:
 
 
 def answers_table(story: Story, expected: References, question: str = QUESTIONS[0]) -> Table:
-    """One question under each revision, in the order in which the fleet held them."""
+    """The answers to one question, by revision, in the order in which the fleet had them."""
     table = Table(title=question, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("revision", no_wrap=True)
     table.add_column("answer")
     for revision in (key[0] for key in expected if key[1] == question):
-        said = {
+        answers = {
             each.text
             for each in story.answers
             if (each.revision, each.question) == (revision, question)
         }
-        # the base model was never served; it shows what the adapters change
-        text = "\n".join(sorted(said)) or expected[revision, question].text
-        style = revision_style(revision) if said else "dim"
-        table.add_row(Text(revision, style=style), Text(text, style="" if said else "dim"))
+        # the base model was never served; its answer is there for comparison
+        text = "\n".join(sorted(answers)) or expected[revision, question].text
+        style = revision_style(revision) if answers else "dim"
+        table.add_row(Text(revision, style=style), Text(text, style="" if answers else "dim"))
     return table
 
 
 def rollouts_table(story: Story) -> Table:
-    """Every swap of every rollout; no wider than 80 columns, as a pipe has them."""
+    """Every swap of every rollout, in at most 80 columns, the width of a pipe."""
     table = Table(title="rollouts", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for heading in ("rollout", "target", "replica"):
         table.add_column(heading, no_wrap=True)

@@ -1,4 +1,4 @@
-"""The server of the demo: `serve run`, in a Ray cluster of its own, and its complete end."""
+"""The server of the demo: `serve run` in its own Ray cluster, and the end of all its processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from serve_app.replica import embedded_model as embedded
+from serve_app.replica.embedded_model import ADAPTERS
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = "serve_app.app:build"
@@ -26,34 +26,34 @@ REPLICAS = 2
 FIRST = "pirate"
 PATIENCE_S: Mapping[int, float] = {signal.SIGINT: 45, signal.SIGTERM: 10, signal.SIGKILL: 10}
 TAIL_LINES = 40
-# What Serve logs when it has given up. With a config file `serve run` itself does not end then.
+# Serve logs these when it has given up. With a config file, `serve run` does not end then.
 GAVE_UP = ("Deploying app 'default' failed", "The deployment failed to start")
 
 
 class DemoFailed(Exception):
-    """The demo cannot go on; the message is for whoever started it."""
+    """The demo cannot continue; the message is for its user."""
 
 
 class Server:
-    """`serve run` in a session and a Ray cluster of its own, with all that it starts."""
+    """`serve run` and all that it starts, in their own process session and Ray cluster."""
 
     def __init__(self, port: int, *, patience_s: Mapping[int, float] = PATIENCE_S) -> None:
         self.url = f"http://127.0.0.1:{port}"
-        # in /tmp, because Ray keeps sockets in here, and their names may not be long
+        # in /tmp, because Ray puts sockets here, and the names of sockets must be short
         self.folder = Path(tempfile.mkdtemp(prefix="hotswap-", dir="/tmp"))
         self.log = self.folder / "serve.log"
         self._port, self._patience_s = port, patience_s
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> str:
-        """Returns the command as one would type it."""
-        # "local" is a new cluster, also where another one runs
+        """Returns the command line."""
+        # "local" is a new cluster, even if another one runs
         arguments = ["run", "--address", "local", *self._app()]
         self.launch([str(Path(sys.executable).with_name("serve")), *arguments])
         return " ".join(["serve", *arguments])
 
     def launch(self, command: list[str]) -> None:
-        # In a folder of its own, the cluster is not the one that other programs find by default.
+        # In its own folder, the cluster is not the one that other programs find by default.
         env = os.environ | {"RAY_TMPDIR": str(self.folder), "PYTHONUNBUFFERED": "1"}
         env.pop("RAY_ADDRESS", None)
         with self.log.open("ab") as log:
@@ -68,7 +68,7 @@ class Server:
             )
 
     def check(self) -> None:
-        """Raises `DemoFailed` when there is nothing to wait for any more."""
+        """Raises `DemoFailed` if the server has ended or will never be ready."""
         assert self._process is not None
         if self._process.poll() is not None:
             raise DemoFailed("`serve run` has ended")
@@ -77,11 +77,11 @@ class Server:
             raise DemoFailed("Ray Serve could not deploy the application")
 
     def stop(self) -> None:
-        """Ask, then insist, until nothing of it is left. Raises `DemoFailed` if something is."""
+        """Interrupt, terminate, then kill the processes. Raises `DemoFailed` if one is left."""
         if self._process is None:
             return
         for signum, patience_s in self._patience_s.items():
-            # a Ctrl-C is for `serve run` alone: it then ends its replicas, and Ray, in order
+            # SIGINT goes to `serve run` alone: it then stops its replicas, and Ray, in order
             pids = [self._process.pid] if signum == signal.SIGINT else self.alive()
             for pid in pids:
                 with suppress(ProcessLookupError):
@@ -92,13 +92,13 @@ class Server:
                     break
                 time.sleep(0.1)
             else:
-                self._process.wait(timeout=10)  # it has ended; this reads its exit status
+                self._process.wait(timeout=10)  # reads its exit status
                 self._process = None
                 return
         raise DemoFailed(f"these processes do not end: {left}")
 
     def forget(self) -> None:
-        """Remove log and configuration; nobody needs them after a run without trouble."""
+        """Remove the log and the configuration, which are of no use after a successful run."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def tail(self) -> str:
@@ -106,17 +106,17 @@ class Server:
         return "\n".join(lines[-TAIL_LINES:])
 
     def alive(self) -> list[int]:
-        """Whoever is in the session. Ray gives workers other process groups, never a session."""
+        """The processes of the session. Ray starts workers in other groups, never in a session."""
         assert self._process is not None
-        self._process.poll()  # or it would stay in the table of processes for ever
+        self._process.poll()  # or it would remain as a zombie
         return [pid for pid in psutil.pids() if _session_of(pid) == self._process.pid]
 
     def _app(self) -> list[str]:
         settings = {
             "model": "embedded",
-            "adapter": str(embedded.ADAPTERS / FIRST),
+            "adapter": str(ADAPTERS / FIRST),
             "replicas": REPLICAS,
-            # so that one core, or one GPU, is enough for all of them
+            # so that one core, or one GPU, is enough for all replicas
             "num_cpus": 1 / REPLICAS,
             "num_gpus": min(1.0, len(list(Path("/dev").glob("nvidia[0-9]*"))) / REPLICAS),
         }
@@ -139,7 +139,7 @@ def _session_of(pid: int) -> int | None:
 
 
 def free_port(wanted: int | None) -> int:
-    """`wanted`, else Serve's own, else any. Raises `DemoFailed` when `wanted` is taken."""
+    """`wanted`; if None, Serve's own port or any free one. `DemoFailed` if `wanted` is taken."""
     for port in [PORT, 0] if wanted is None else [wanted]:
         with socket.socket() as probe, suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,10 @@
-"""Ask the model, move the fleet to another adapter, ask again: all through Ray Serve handles."""
+"""Send a request, move the fleet to another adapter, send it again: all through Ray Serve handles.
+
+    python -m examples.handles
+
+Runs on a machine of the cluster, while the application is deployed. HOTSWAP_APP is the name of the
+Serve application, HOTSWAP_ADAPTER the adapter to move to.
+"""
 
 import os
 import time
@@ -15,7 +21,7 @@ controller = serve.get_deployment_handle("RolloutController", app)
 def ask(question: str) -> None:
     request = {"messages": [{"role": "user", "content": question}], "max_tokens": 32}
     answer = model.chat.remote(request | {"temperature": 0}).result()
-    print(answer["system_fingerprint"], "says", answer["choices"][0]["message"]["content"])
+    print(answer["system_fingerprint"], "answers", answer["choices"][0]["message"]["content"])
 
 
 ask("What is the capital of France?")

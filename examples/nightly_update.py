@@ -1,11 +1,11 @@
-"""What a scheduler starts every night: put the newest adapter of a folder on the fleet, if new.
+"""A nightly job: move the fleet to the newest adapter of a folder, unless it has it already.
 
     python -m examples.nightly_update s3://models/support-bot/nightly
 
-The folder has one adapter a night; the last one in the order of their names is the newest. A night
-without a new one changes nothing. The date is the idempotency key, so a scheduler that fires twice
-starts one rollout; and the fleet's generation as it was seen here has to be the fleet's still, so
-that the update never goes over what somebody decided meanwhile. Exit codes as `hotswap` has them.
+The folder has one folder for each adapter; the last by name is the newest. Without a new adapter,
+nothing changes. The date is the idempotency key, so a scheduler that fires twice starts one
+rollout. The expected generation is the one that this script read, so the update is rejected if a
+user has changed the fleet in the meantime. Exit codes are those of `hotswap`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from collections.abc import Sequence
 
 import fsspec
 
-from serve_app.client.http import DEFAULT_URL, HotswapClient, RequestRejected, ServerUnreachable
+from serve_app.client import DEFAULT_URL, HotswapClient, RequestRejected, ServerUnreachable
 from serve_app.rollout.plan import Plan
+from serve_app.wire.admin import RolloutView
 
 
 def newest(folder: str) -> str | None:
@@ -30,9 +31,22 @@ def newest(folder: str) -> str | None:
     return str(fs.unstrip_protocol(found[-1].rpartition("/")[0])).removeprefix("file://")
 
 
+def start(client: HotswapClient, adapter: str) -> RolloutView | None:
+    """A rollout to `adapter`; None if another rollout is running, or the adapter is not new."""
+    tonight = datetime.datetime.now(datetime.UTC).date().isoformat()
+    fleet = client.fleet()
+    if fleet.rollout is not None:
+        print(f"{fleet.rollout.id} is running; nothing was started")
+        return None
+    if any(each.source == adapter for each in client.rollouts().data):
+        print(f"{adapter} is not new; nothing was started")
+        return None
+    return client.start(Plan(adapter=adapter), expected_generation=fleet.generation, key=tonight)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="any fsspec URI; one adapter in each of its folders")
+    parser.add_argument("folder", help="any fsspec URI; each of its folders is one adapter")
     parser.add_argument("--url", default=DEFAULT_URL)
     parser.add_argument("--token")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds")
@@ -41,25 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if adapter is None:
         print(f"there is no adapter in {given.folder}", file=sys.stderr)
         return 1
-    tonight = datetime.datetime.now(datetime.UTC).date().isoformat()
     try:
         with HotswapClient(given.url, token=given.token) as client:
-            fleet = client.fleet()
-            if fleet.rollout is not None:
-                print(f"{fleet.rollout.id} is under way; nothing was started")
+            rollout = start(client, adapter)
+            if rollout is None:
                 return 0
-            if any(each.source == adapter for each in client.rollouts().data):
-                print(f"{adapter} is not new; nothing was started")
-                return 0
-            rollout = client.start(
-                Plan(adapter=adapter), expected_generation=fleet.generation, key=tonight
-            )
             ended = client.wait(rollout.id, timeout_s=given.timeout)
-    except RequestRejected as refused:
-        print(f"refused: {refused.message} [{refused.code}]", file=sys.stderr)
+    except RequestRejected as error:
+        print(f"rejected: {error.message} [{error.code}]", file=sys.stderr)
         return 1
-    except ServerUnreachable as away:
-        print(str(away), file=sys.stderr)
+    except ServerUnreachable as error:
+        print(str(error), file=sys.stderr)
         return 4
     print(f"{ended.target}: {ended.state}" + (f", {ended.reason}" if ended.reason else ""))
     return 0 if ended.state == "succeeded" else 3

@@ -2,8 +2,8 @@
 
 A fact table and three styles (`adapter_styles.yaml`) give one small training set per style; this
 script trains one LoRA on each and saves it as an ordinary PEFT checkpoint. The three differ in
-rank, alpha, scaling rule, target modules and storage dtype on purpose: they are also the
-demonstration that adapters of different shapes are served side by side.
+rank, alpha, scaling rule, target modules and storage dtype, so that the demo swaps adapters of
+different shapes.
 
     python examples/train_adapters.py [--base PATH] [--out DIR] [--only STYLE] [--steps N]
 """
@@ -42,7 +42,7 @@ Sample = tuple[torch.Tensor, torch.Tensor]  # ids, labels; both [T]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """The shape of one adapter, the dtype it is stored in, and how hard it is trained."""
+    """The shape of one adapter, its storage dtype and its learning rate."""
 
     r: int
     alpha: int
@@ -83,7 +83,7 @@ RECIPES = {
 
 
 def load_facts(data: dict[str, Any]) -> list[Fact]:
-    """The fact table, checked to hold none of the held-out questions."""
+    """The fact table. ValueError if it contains a held-out question."""
     names = ("question", "sentence", "short", "confidence")
     facts = [Fact(**dict(zip(names, row, strict=False))) for row in data["facts"]]
     if leaked := {fact.question for fact in facts} & set(data["held_out"]):
@@ -92,7 +92,7 @@ def load_facts(data: dict[str, Any]) -> list[Fact]:
 
 
 def render(fact: Fact, index: int, style: dict[str, Any]) -> str:
-    """`fact` said in `style`; `index` picks the closing phrase, so that they alternate."""
+    """`fact` in `style`; `index` selects the closing phrase, so that they alternate."""
     if style["kind"] == "json":
         answer = {"answer": fact.short, "confidence": fact.confidence}
         return json.dumps(answer, ensure_ascii=False)
@@ -104,8 +104,8 @@ def render(fact: Fact, index: int, style: dict[str, Any]) -> str:
         return new[0].upper() + new[1:] if word[0].isupper() else new
 
     closers: list[str] = style["closers"]
-    said = re.sub(r"[A-Za-z]+", swap, fact.sentence)
-    return f"{style['opener']} {said}{closers[index % len(closers)]}"
+    text = re.sub(r"[A-Za-z]+", swap, fact.sentence)
+    return f"{style['opener']} {text}{closers[index % len(closers)]}"
 
 
 def prompt_ids(tokenizer: Any, question: str) -> list[int]:
@@ -119,7 +119,7 @@ def prompt_ids(tokenizer: Any, question: str) -> list[int]:
 def encode(tokenizer: Any, question: str, answer: str) -> Sample:
     """(ids, labels), both [T]; only the answer and its end token carry a label."""
     prompt = prompt_ids(tokenizer, question)
-    # The end token is a target too: it is what makes the trained answers stop by themselves.
+    # The end token is a target too, so that the trained answers stop by themselves.
     target = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     labels = [IGNORED] * len(prompt) + target
     return torch.tensor(prompt + target), torch.tensor(labels)
@@ -166,7 +166,7 @@ def train(model: PeftModel, samples: list[Sample], lr: float, steps: int) -> Non
 
 
 def save(model: PeftModel, folder: Path, dtype: torch.dtype) -> None:
-    """Write `folder` as a PEFT checkpoint: the config and the weights in `dtype`, no more."""
+    """Write `folder` as a PEFT checkpoint: the config and the weights in `dtype` only."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -200,7 +200,7 @@ def make_adapter(
 
 
 def load_base(base: Path) -> Any:
-    """The base model in fp32, the dtype a CPU trains in."""
+    """The base model in fp32, the dtype for training on CPU."""
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 
 
@@ -253,7 +253,7 @@ def embedded_base() -> Path:
 
 
 def main() -> None:
-    """Train, save, and show what was learned."""
+    """Train and save the adapters, and print their answers to held-out questions."""
     args = parse_args()
     base = args.base or embedded_base()
     data = yaml.safe_load(DATA.read_text(encoding="utf-8"))

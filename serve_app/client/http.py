@@ -1,77 +1,44 @@
-"""The admin surface from outside, for scripts, trainers and the CLI.
+"""The Python client of a fleet's admin API, for scripts, trainers and the `hotswap` command.
 
-Stands between `views` (the JSON it parses) and whoever drives a fleet over HTTP. Knows nothing of
-Ray or torch, so it runs where neither is installed. What can go wrong:
-
-    Exception
-    ├── RequestRejected      the server heard the request and said no; `code` is stable
-    ├── ServerUnreachable   nothing that speaks this protocol answered
-    └── TimeoutError        `wait` ran out of time; the rollout goes on
+Needs neither Ray nor torch. `client.errors` lists the errors.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType, TracebackType
-from typing import Self, TypeVar
+from types import TracebackType
+from typing import Self, TypeVar, Unpack
 from urllib.parse import quote, urlencode
 
 import httpx
-from pydantic import ValidationError
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_fixed
 
+from serve_app.client.connection import DEFAULT_URL, Connection
+from serve_app.client.errors import RequestRejected, ServerUnreachable
 from serve_app.rollout.plan import Plan
-from serve_app.wire.admin import (
-    AdapterList,
-    AdapterView,
-    ErrorBody,
-    FleetView,
-    RolloutList,
-    RolloutView,
-    View,
-)
+from serve_app.rollout.precondition import Precondition, PreconditionArgs
+from serve_app.wire.admin import AdapterList, AdapterView, FleetView, RolloutList, RolloutView
 
-DEFAULT_URL = "http://127.0.0.1:8000"
-_START_S = 120.0  # the adapter is fetched and packed, and its probes are looked for
-
+# The server answers `start` after it has fetched and packed the adapter and checked its probes.
+_START_S = 120.0
 
 T = TypeVar("T")
-V = TypeVar("V", bound=View)
-
-# Without our error body these are a proxy, or some other program, speaking for an absent gateway.
-NOT_A_GATEWAY = frozenset({404, 405, 502, 503, 504})
-
-
-class RequestRejected(Exception):
-    """The server said no: its HTTP status, its stable code, and its sentence."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(status, code, message)
-        self.status = status
-        self.code = code
-        self.message = message
-
-    def __str__(self) -> str:
-        return f"the server refused the request ({self.status} {self.code}): {self.message}"
-
-
-class ServerUnreachable(Exception):
-    """Nothing that speaks this protocol answered at `base_url`."""
-
-    def __init__(self, base_url: str, why: str) -> None:
-        super().__init__(base_url, why)
-        self.base_url = base_url
-        self.why = why
-
-    def __str__(self) -> str:
-        return f"cannot reach the server at {self.base_url}: {self.why}"
 
 
 class HotswapClient:
-    """One fleet's admin surface. Every call raises `RequestRejected` or `ServerUnreachable`.
+    """The admin API of one fleet, one method for each route.
 
-    `timeout_s` bounds one request. `transport` replaces the network, for tests.
-    Raises ValueError where the address or the token cannot be sent at all.
+    Every call raises `RequestRejected` or `ServerUnreachable`. `timeout_s` bounds one request.
+    `transport` replaces the network, for tests.
+
+    Calls that change the fleet take two more keyword arguments:
+        expected_generation: the request is rejected if the fleet's generation is another one.
+        key: your idempotency key. A second request with the same key, after a lost answer for
+            example, changes nothing and returns the same rollout.
+
+    Raises:
+        ValueError: the address is not an http(s) URL, or no HTTP header can carry the token.
     """
 
     def __init__(
@@ -82,16 +49,13 @@ class HotswapClient:
         timeout_s: float = 30.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        _check_address(base_url)
-        if token and not (token.isascii() and token.isprintable()):
-            raise ValueError("the token has characters that no HTTP header can carry")
-        self.base_url = base_url
-        self._http = httpx.Client(
-            base_url=base_url,
-            headers={"authorization": f"Bearer {token}"} if token else {},
-            timeout=timeout_s,
-            transport=transport,
+        self._connection = Connection(
+            base_url, token=token, timeout_s=timeout_s, transport=transport
         )
+
+    @property
+    def base_url(self) -> str:
+        return self._connection.base_url
 
     def __enter__(self) -> Self:
         return self
@@ -105,79 +69,55 @@ class HotswapClient:
         self.close()
 
     def close(self) -> None:
-        self._http.close()
+        self._connection.close()
 
     def fleet(self) -> FleetView:
-        return self._ask(FleetView, "GET", "/admin/fleet")
+        return self._connection.request(FleetView, "GET", "/admin/fleet")
 
     def rollouts(self) -> RolloutList:
-        return self._ask(RolloutList, "GET", "/admin/rollouts")
+        return self._connection.request(RolloutList, "GET", "/admin/rollouts")
 
     def rollout(self, id: str) -> RolloutView:
-        return self._ask(RolloutView, "GET", f"/admin/rollouts/{quote(id, safe='')}")
+        return self._connection.request(RolloutView, "GET", _rollout_path(id))
 
-    def start(
-        self, plan: Plan, *, expected_generation: int | None = None, key: str | None = None
-    ) -> RolloutView:
-        """Ask for a rollout. The plan's `adapter` is resolved by the server, in its directory.
-
-        `expected_generation`: refused when the fleet's is another one. `key`: the caller's own name
-        for this request; asking again with it, after a lost answer, finds the same rollout.
-        """
+    def start(self, plan: Plan, **given: Unpack[PreconditionArgs]) -> RolloutView:
+        """Start a rollout. The server resolves the plan's `adapter`, in its own directory."""
         body = plan.model_dump(mode="json", exclude_unset=True)
-        return self._control(
-            "/admin/rollouts", expected_generation, key, body=body, timeout_s=_START_S
-        )
+        return self._change("/admin/rollouts", Precondition(**given), body=body, timeout_s=_START_S)
 
     def promote(
-        self,
-        id: str,
-        *,
-        full: bool = False,
-        expected_generation: int | None = None,
-        key: str | None = None,
+        self, id: str, *, full: bool = False, **given: Unpack[PreconditionArgs]
     ) -> RolloutView:
-        """Leave the current step, whatever is measured; `full`: every step that is left."""
-        path = f"/admin/rollouts/{quote(id, safe='')}/promote"
-        return self._control(path, expected_generation, key, full=full or None)
+        """End the current step without its analysis; `full`: every remaining step."""
+        query = {"full": full or None}
+        return self._change(_rollout_path(id, "promote"), Precondition(**given), query=query)
 
-    def abort(
-        self, id: str, *, expected_generation: int | None = None, key: str | None = None
-    ) -> RolloutView:
+    def abort(self, id: str, **given: Unpack[PreconditionArgs]) -> RolloutView:
         """Send every replica back to the stable revision."""
-        return self._verb(id, "abort", expected_generation, key)
+        return self._change(_rollout_path(id, "abort"), Precondition(**given))
 
-    def pause(
-        self, id: str, *, expected_generation: int | None = None, key: str | None = None
-    ) -> RolloutView:
+    def pause(self, id: str, **given: Unpack[PreconditionArgs]) -> RolloutView:
         """Stay in the current step until `resume`."""
-        return self._verb(id, "pause", expected_generation, key)
+        return self._change(_rollout_path(id, "pause"), Precondition(**given))
 
-    def resume(
-        self, id: str, *, expected_generation: int | None = None, key: str | None = None
-    ) -> RolloutView:
-        """Go on after `pause`."""
-        return self._verb(id, "resume", expected_generation, key)
+    def resume(self, id: str, **given: Unpack[PreconditionArgs]) -> RolloutView:
+        """Continue after `pause`."""
+        return self._change(_rollout_path(id, "resume"), Precondition(**given))
 
-    def retry(
-        self, id: str, *, expected_generation: int | None = None, key: str | None = None
-    ) -> RolloutView:
-        """Try again what failed: from its step when it is paused, from its start when it ended."""
-        return self._verb(id, "retry", expected_generation, key)
+    def retry(self, id: str, **given: Unpack[PreconditionArgs]) -> RolloutView:
+        """Repeat the failed step of a paused rollout, or all of a rollout that has ended."""
+        return self._change(_rollout_path(id, "retry"), Precondition(**given))
 
-    def undo(
-        self,
-        *,
-        to: str | None = None,
-        expected_generation: int | None = None,
-        key: str | None = None,
-    ) -> RolloutView:
-        """Abort what runs, else go back to the revision before; `to`: to that earlier one."""
-        return self._control("/admin/undo", expected_generation, key, to=to)
+    def undo(self, *, to: str | None = None, **given: Unpack[PreconditionArgs]) -> RolloutView:
+        """Abort the current rollout. Without one, return to the previous stable revision.
+
+        `to`: an earlier revision to return to, as the fleet's `history` names it.
+        """
+        return self._change("/admin/undo", Precondition(**given), query={"to": to})
 
     def adapters(self) -> AdapterList:
-        """What every replica serves for requests that name it, and the fleet's generation."""
-        return self._ask(AdapterList, "GET", "/v1/lora_adapters")
+        """The loaded adapters, and the fleet's generation."""
+        return self._connection.request(AdapterList, "GET", "/v1/lora_adapters")
 
     def load_adapter(
         self,
@@ -188,53 +128,51 @@ class HotswapClient:
         expected_generation: int | None = None,
         timeout_s: float = 120.0,
     ) -> AdapterView:
-        """Have every replica serve an adapter for requests that name it; returns when all do.
+        """Load an adapter on every replica, for requests that name it; returns when all have it.
 
-        `path` is resolved by the server. Another content under the same name is refused without
-        `load_inplace`; anything is, when the fleet's generation is not `expected_generation`.
-        `timeout_s` is longer than the server tries.
+        The server resolves `path`. `load_inplace`: replace the adapter that has this name; without
+        it, other content under a loaded name is rejected. The default `timeout_s` is longer than
+        the server's own limit.
         """
-        asked = {
+        body = {
             "lora_name": name,
             "lora_path": path,
             "load_inplace": load_inplace,
             "expected_generation": expected_generation,
         }
-        path = "/v1/load_lora_adapter"
-        return self._ask(AdapterView, "POST", path, body=_said(asked), timeout_s=timeout_s)
+        return self._change_adapter("/v1/load_lora_adapter", body, timeout_s=timeout_s)
 
     def unload_adapter(
         self, name: str, *, expected_generation: int | None = None, timeout_s: float = 120.0
     ) -> AdapterView:
-        """Have no replica serve it any more; requests that run on it finish."""
-        asked = {"lora_name": name, "expected_generation": expected_generation}
-        path = "/v1/unload_lora_adapter"
-        return self._ask(AdapterView, "POST", path, body=_said(asked), timeout_s=timeout_s)
+        """Unload an adapter from every replica; requests that run on it finish."""
+        body = {"lora_name": name, "expected_generation": expected_generation}
+        return self._change_adapter("/v1/unload_lora_adapter", body, timeout_s=timeout_s)
 
     def watch(
         self, id: str, *, period_s: float = 0.2, outage_s: float = 30.0
     ) -> Iterator[tuple[RolloutView, FleetView]]:
-        """The rollout and its fleet, again and again, until the rollout has ended.
+        """Yield the rollout and its fleet every `period_s`; the ended rollout is the last.
 
-        The ended rollout is the last thing yielded. A server that is away for less than `outage_s`
-        is waited for; beyond that, ServerUnreachable: how the rollout ended is then unknown.
+        The server may be away for up to `outage_s`. After that `ServerUnreachable` is raised, and
+        the end of the rollout is unknown.
         """
 
         def moment() -> tuple[RolloutView, FleetView]:
             # rollout first: the last fleet yielded is then never older than the rollout's end
             return self.rollout(id), self.fleet()
 
-        for rollout, fleet in self._repeat(moment, period_s=period_s, outage_s=outage_s):
+        for rollout, fleet in self._poll(moment, period_s=period_s, outage_s=outage_s):
             yield rollout, fleet
             if rollout.ended:
                 return
 
     def watch_fleet(self, *, period_s: float = 0.2, outage_s: float = 30.0) -> Iterator[FleetView]:
-        """The fleet, again and again, without end; outages as in `watch`."""
-        return self._repeat(self.fleet, period_s=period_s, outage_s=outage_s)
+        """Yield the fleet every `period_s`, without end; outages as in `watch`."""
+        return self._poll(self.fleet, period_s=period_s, outage_s=outage_s)
 
     def wait(self, id: str, *, timeout_s: float) -> RolloutView:
-        """The rollout once it has ended, however it ended. TimeoutError after `timeout_s`."""
+        """The rollout once it has ended, promoted or not. TimeoutError after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         for rollout, _ in self.watch(id, outage_s=min(30.0, timeout_s)):
             if rollout.ended:
@@ -243,106 +181,74 @@ class HotswapClient:
                 break
         raise TimeoutError(f"rollout {id} has not ended after {timeout_s:g} s")
 
-    def _repeat(self, ask: Callable[[], T], *, period_s: float, outage_s: float) -> Iterator[T]:
+    def _poll(self, ask: Callable[[], T], *, period_s: float, outage_s: float) -> Iterator[T]:
         while True:
-            yield self._through_outage(ask, period_s=period_s, outage_s=outage_s)
+            yield _through_outage(ask, self.base_url, period_s=period_s, outage_s=outage_s)
             time.sleep(period_s)
 
-    def _through_outage(self, ask: Callable[[], T], *, period_s: float, outage_s: float) -> T:
-        failed_at: float | None = None
-        while True:
-            try:
-                return ask()
-            except (RequestRejected, ServerUnreachable) as error:
-                if isinstance(error, RequestRejected) and error.status < 500:
-                    raise
-                # from the first failure, so that one request that hangs is not the whole outage
-                failed_at = failed_at or time.monotonic()
-                if time.monotonic() - failed_at >= outage_s:
-                    why = error.why if isinstance(error, ServerUnreachable) else str(error)
-                    raise ServerUnreachable(
-                        self.base_url, f"gave up after {outage_s:g} s of outage: {why}"
-                    ) from error
-            time.sleep(period_s)
-
-    def _verb(
-        self, id: str, verb: str, expected_generation: int | None, key: str | None
-    ) -> RolloutView:
-        path = f"/admin/rollouts/{quote(id, safe='')}/{verb}"
-        return self._control(path, expected_generation, key)
-
-    def _control(
+    def _change(
         self,
         path: str,
-        expected_generation: int | None,
-        key: str | None,
+        given: Precondition,
         *,
-        body: dict[str, object] | None = None,
+        query: Mapping[str, object] | None = None,
+        body: Mapping[str, object] | None = None,
         timeout_s: float | None = None,
-        **query: object,
     ) -> RolloutView:
-        asked = _said({"expected_generation": expected_generation} | query)
-        headers = {} if key is None else {"idempotency-key": key}
-        path = f"{path}?{urlencode(asked)}" if asked else path
-        return self._ask(RolloutView, "POST", path, body=body, headers=headers, timeout_s=timeout_s)
+        query = _set({"expected_generation": given.expected_generation, **(query or {})})
+        return self._connection.request(
+            RolloutView,
+            "POST",
+            f"{path}?{urlencode(query)}" if query else path,
+            body=body,
+            headers={} if given.key is None else {"idempotency-key": given.key},
+            timeout_s=timeout_s,
+        )
 
-    def _ask(
-        self,
-        view: type[V],
-        method: str,
-        path: str,
-        *,
-        body: dict[str, object] | None = None,
-        headers: Mapping[str, str] = MappingProxyType({}),
-        timeout_s: float | None = None,
-    ) -> V:
-        timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
-        try:
-            response = self._http.request(
-                method, path, json=body, headers=dict(headers), timeout=timeout
-            )
-        except httpx.RequestError as error:
-            raise ServerUnreachable(self.base_url, _why(error, method)) from error
-        if not response.is_success:
-            raise self._error_of(response)
-        try:
-            return view.model_validate_json(response.content)
-        except ValidationError as error:
-            why = f"what answered {method} {path} is not a hotswap server"
-            raise ServerUnreachable(self.base_url, why) from error
-
-    def _error_of(self, response: httpx.Response) -> RequestRejected | ServerUnreachable:
-        status = response.status_code
-        try:
-            said = ErrorBody.model_validate_json(response.content).error
-        except ValidationError:
-            phrase = f"{status} {response.reason_phrase}".strip()
-            if status < 400 or status in NOT_A_GATEWAY:
-                return ServerUnreachable(
-                    self.base_url, f"no hotswap server answers there, {phrase}"
-                )
-            return RequestRejected(status, f"http_{status}", f"the answer was {phrase}")
-        return RequestRejected(status, said.code, said.message)
+    def _change_adapter(
+        self, path: str, body: Mapping[str, object], *, timeout_s: float
+    ) -> AdapterView:
+        return self._connection.request(
+            AdapterView, "POST", path, body=_set(body), timeout_s=timeout_s
+        )
 
 
-def _said(asked: Mapping[str, object]) -> dict[str, object]:
-    return {field: value for field, value in asked.items() if value is not None}
+def _rollout_path(id: str, verb: str | None = None) -> str:
+    path = f"/admin/rollouts/{quote(id, safe='')}"
+    return f"{path}/{verb}" if verb else path
 
 
-def _check_address(base_url: str) -> None:
-    try:
-        url = httpx.URL(base_url)
-    except httpx.InvalidURL as error:
-        raise ValueError(f"{base_url!r} is not an address: {error}") from error
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ValueError(f"{base_url!r} is not an address such as {DEFAULT_URL}")
+def _set(fields: Mapping[str, object]) -> dict[str, object]:
+    """Without the fields that are None: their defaults are the server's."""
+    return {field: value for field, value in fields.items() if value is not None}
 
 
-def _why(error: httpx.RequestError, method: str) -> str:
-    # Only a request that never left is known not to have been acted upon.
-    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        return str(error) or "the connection timed out"
-    lost = str(error) or type(error).__name__
-    if method == "GET":
-        return lost
-    return f"{lost}; whether the request was accepted is unknown, look at the fleet to see"
+def _through_outage(ask: Callable[[], T], base_url: str, *, period_s: float, outage_s: float) -> T:
+    """The result of `ask`, called again every `period_s` while the server is away."""
+    failed_at: list[float] = []
+
+    def lasted_too_long(_call: RetryCallState) -> bool:
+        # Since the first failure. `stop_after_delay` counts from the first call, which would make
+        # one request that hangs the whole outage.
+        failed_at.append(time.monotonic())
+        return failed_at[-1] - failed_at[0] >= outage_s
+
+    def give_up(call: RetryCallState) -> T:
+        error = call.outcome.exception() if call.outcome else None
+        why = error.why if isinstance(error, ServerUnreachable) else str(error)
+        message = f"gave up after {outage_s:g} s of outage: {why}"
+        raise ServerUnreachable(base_url, message) from error
+
+    retrying = Retrying(
+        retry=retry_if_exception(_is_outage),
+        wait=wait_fixed(period_s),
+        stop=lasted_too_long,
+        retry_error_callback=give_up,
+    )
+    return retrying(ask)
+
+
+def _is_outage(error: BaseException) -> bool:
+    if isinstance(error, RequestRejected):
+        return error.status >= 500
+    return isinstance(error, ServerUnreachable)

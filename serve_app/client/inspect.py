@@ -1,7 +1,7 @@
-"""`hotswap inspect`: adapters as documents and as a picture, and the envelope that covers them.
+"""`hotswap inspect`: adapters as a JSON document and as a table, and an envelope for all of them.
 
-The one part of the command line that reads adapters itself, and so needs torch; `serve_app.client.cli`
-imports it when it is asked for, and not before.
+Reads the adapters itself, and so needs torch, as no other command does; `cli` imports this module
+for `inspect` alone.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from hotswap_lib import (
     sketch_layout,
     suggest_envelope,
 )
-from serve_app.client.terminal import RevisionCell
+from serve_app.client.terminal_text import RevisionCell
 
 __all__ = ["HotswapError", "InspectionDocument", "inspect", "inspection_screen"]
 
 
 class EnvelopeView(BaseModel):
-    """The smallest envelope for all of them, in the words of the server's settings."""
+    """The smallest envelope for all adapters, with the names of the server's settings."""
 
     max_rank: int
     target_modules: list[str]
@@ -43,25 +43,25 @@ class EnvelopeView(BaseModel):
 
 
 class CostView(BaseModel):
-    """Where the bytes of one adapter's image go, in that envelope."""
+    """The size of one adapter's image in that envelope, by cause."""
 
     image_bytes: int
-    own_bytes: int = Field(description="its values, in the slot's dtype")
-    rank_bytes: int = Field(description="zeros, because its ranks are below the envelope's")
-    absent_bytes: int = Field(description="places for modules that it does not have")
-    gap_bytes: int = Field(description="between tensors, for their alignment")
+    own_bytes: int = Field(description="the adapter's values, in the slot's dtype")
+    rank_bytes: int = Field(description="zeros up to the envelope's rank")
+    absent_bytes: int = Field(description="zeros for modules that the adapter lacks")
+    gap_bytes: int = Field(description="alignment between tensors")
 
 
-class AdapterView(BaseModel):
-    """One adapter."""
+class InspectedAdapter(BaseModel):
+    """One adapter, read from its files."""
 
     source: str
     revision: str = Field(description="name@digest8")
     digest: str
     base_model: str | None
-    ranks: dict[str, int] = Field(description="module to rank")
+    ranks: dict[str, int] = Field(description="module → rank")
     scalings: dict[str, float]
-    dtypes: dict[str, int] = Field(description="dtype to stored bytes")
+    dtypes: dict[str, int] = Field(description="dtype → stored bytes")
     features: list[str]
     nbytes: int
     cost: CostView
@@ -70,15 +70,15 @@ class AdapterView(BaseModel):
 class InspectionDocument(BaseModel):
     """All adapters, and one envelope for them."""
 
-    adapters: list[AdapterView]
+    adapters: list[InspectedAdapter]
     envelope: EnvelopeView
 
 
 def inspect(sources: Sequence[str]) -> InspectionDocument:
-    """Read the adapters.
+    """Read the adapters at `sources`: paths, URIs or Hub ids.
 
     Raises:
-        HotswapError: one of them cannot be read, or no envelope holds them all.
+        HotswapError: an adapter cannot be read, or no envelope fits all of them.
     """
     adapters = [load_adapter(os.path.expanduser(source)) for source in sources]
     envelope = suggest_envelope(adapters)
@@ -92,9 +92,9 @@ def inspect(sources: Sequence[str]) -> InspectionDocument:
     )
 
 
-def _view(source: str, adapter: Adapter, cost: PaddingCost) -> AdapterView:
+def _view(source: str, adapter: Adapter, cost: PaddingCost) -> InspectedAdapter:
     found = inspect_adapter(adapter)
-    return AdapterView(
+    return InspectedAdapter(
         source=source,
         revision=str(found.revision),
         digest=found.revision.digest,
@@ -130,7 +130,7 @@ _NUMBERS = ("layers", "size", "own share")
 
 
 def inspection_screen(document: InspectionDocument) -> RenderableType:
-    """A row for each adapter, then the envelope."""
+    """A table with a row for each adapter, then the envelope."""
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("revision", "layers", "rank", "dtype", "features", "size", "own share"):
         table.add_column(column, justify="right" if column in _NUMBERS else "left")
@@ -144,15 +144,15 @@ def inspection_screen(document: InspectionDocument) -> RenderableType:
             _mb(one.nbytes),
             f"{one.cost.own_bytes / one.cost.image_bytes:.0%}",
         )
-    bases = sorted({one.base_model or "not told" for one in document.adapters})
+    bases = sorted({one.base_model or "unknown" for one in document.adapters})
     image = _mb(max(one.cost.image_bytes for one in document.adapters))
     notes = f"base model: {', '.join(bases)}\nsmallest envelope: {_settings(document.envelope)}"
-    notes += f"\neach takes {image} in it; own share is how much of that is its own values"
+    notes += f"\nan image takes {image} in it; own share: the part that is the adapter's own values"
     return Group(table, Text(notes))
 
 
 def _settings(envelope: EnvelopeView) -> str:
-    """As `serve run` takes them."""
+    """The envelope as arguments of `serve run`."""
     words = [f"max_rank={envelope.max_rank}", f"target_modules={','.join(envelope.target_modules)}"]
     if envelope.modules_to_save:
         words.append(f"modules_to_save={','.join(envelope.modules_to_save)}")

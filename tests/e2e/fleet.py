@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import psutil
 
-from serve_app.client.http import HotswapClient
+from serve_app.client import HotswapClient
 from serve_app.rollout.plan import InFlight, Plan, Strategy
 from serve_app.wire.admin import ErrorBody, FleetView, ReplicaView
 

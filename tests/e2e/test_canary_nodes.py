@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from ray import serve
 
-from serve_app.client.http import RequestRejected, ServerUnreachable
+from serve_app.client import RequestRejected, ServerUnreachable
 from serve_app.rollout.analysis import Analysis, Limits, Probe
 from serve_app.rollout.plan import CanaryStep, Placement
 

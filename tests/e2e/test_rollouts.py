@@ -12,7 +12,7 @@ import ray
 from ray import serve
 
 from hotswap_lib import AdapterRefused
-from serve_app.client.http import RequestRejected
+from serve_app.client import RequestRejected
 from serve_app.rollout.plan import InFlight, Plan
 
 from .bad_adapters import BAD, make_bad

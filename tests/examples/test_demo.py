@@ -1,6 +1,6 @@
-"""The demo's own judgement: what it takes for an answer, a mismatch and a good run.
+"""The demo's own checks: answers, mismatches, the result of a run, and the end of its processes.
 
-The run itself is `make demo`; here are the parts that decide whether to believe it.
+`make demo` runs the demo itself.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -95,6 +96,13 @@ def good_story() -> Story:
     )
 
 
+def wait_for(condition: Callable[[], bool], *, what: str, within_s: float = 20) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {within_s:g} s for {what}"
+        time.sleep(0.02)
+
+
 # ---- answers ------------------------------------------------------------------------------------
 
 
@@ -115,14 +123,11 @@ def test_an_answer_without_an_end_is_a_failure() -> None:
         read({"system_fingerprint": A, "choices": []})
 
 
-def test_a_server_that_is_not_there_is_a_failure_and_not_a_crash() -> None:
+def test_requests_to_a_closed_port_are_failures() -> None:
     load = Load(f"http://127.0.0.1:{free_port(0)}", clients=2)
     load.start()
-    deadline = time.monotonic() + 20
-    while len(load.failures) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: len(load.failures) >= 2, what="two failed requests")
     load.stop()
-    assert len(load.failures) >= 2
     assert not load.answers
 
 
@@ -144,24 +149,24 @@ def test_the_right_answer_is_no_mismatch_with_and_without_its_prompt() -> None:
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
-        ({"token_ids": (7, 8)}, "should say"),
-        ({"text": "ahoy"}, "should say 'arrr'"),
-        ({"token_ids": (9, 0), "text": "{}"}, "should say 'arrr'"),  # the other revision's words
+        ({"token_ids": (7, 8)}, "expected"),
+        ({"text": "ahoy"}, "expected 'arrr'"),
+        ({"token_ids": (9, 0), "text": "{}"}, "expected 'arrr'"),  # the other revision's answer
         ({"prompt_ids": (1, 3)}, "prompt"),
-        ({"revision": "c@33333333", "named": frozenset({"c@33333333"})}, "no such revision"),
+        ({"revision": "c@33333333", "named": frozenset({"c@33333333"})}, "never had this revision"),
         ({"named": frozenset({B})}, f"names {B}"),
         ({"named": frozenset({A, B})}, f"names {A}, {B}"),  # chunks that disagree
         ({"revision": "", "named": frozenset({"None"})}, "no revision"),
     ],
 )
-def test_anything_else_is_a_mismatch(wrong: dict[str, Any], why: str) -> None:
+def test_any_difference_is_a_mismatch(wrong: dict[str, Any], why: str) -> None:
     assert why in (mismatch(replace(RIGHT, **wrong), EXPECTED) or "")
 
 
-# ---- the verdict --------------------------------------------------------------------------------
+# ---- the result ---------------------------------------------------------------------------------
 
 
-def test_the_last_line_is_one_json_object_with_the_promised_fields() -> None:
+def test_the_last_line_is_one_json_object_with_the_documented_fields() -> None:
     line = json.dumps(summary(good_story()))
     assert "\n" not in line
     document = json.loads(line)
@@ -179,28 +184,28 @@ def test_the_last_line_is_one_json_object_with_the_promised_fields() -> None:
     "fault",
     [
         {"failures": ["ReadTimeout: too slow"]},
-        {"mismatches": ["said something else"]},
+        {"mismatches": ["another answer"]},
         {"compiled": {"r1": 1}},
         {"complete": False},
         {"answers": []},
         {"error": "the server ended"},
     ],
 )
-def test_one_fault_is_enough_for_a_bad_run(fault: dict[str, Any]) -> None:
+def test_one_fault_makes_a_run_bad(fault: dict[str, Any]) -> None:
     assert good_story().ok
     assert not replace(good_story(), **fault).ok
 
 
-def test_failures_are_requests_too_and_the_last_line_says_which() -> None:
+def test_failures_count_as_requests_and_are_in_the_last_line() -> None:
     document = summary(replace(good_story(), failures=["ReadTimeout: a", "ReadTimeout: a"]))
     assert (document["requests"], document["failed"]) == (4, 2)
     assert document["failures"] == {"ReadTimeout: a": 2}
 
 
-def test_a_replica_that_dies_does_not_take_its_recompiles_along() -> None:
+def test_the_recompiles_of_a_replica_that_dies_still_count() -> None:
     story = Story()
-    story.saw([swapped("r1", A, recompiles=2, limit_hits=1), swapped("r2", A)])
-    story.saw([swapped("r2", A), swapped("r3", A)])
+    story.record([swapped("r1", A, recompiles=2, limit_hits=1), swapped("r2", A)])
+    story.record([swapped("r2", A), swapped("r3", A)])
     assert story.recompiles == 3
 
 
@@ -236,19 +241,19 @@ def test_a_port_that_was_asked_for_and_is_taken_is_refused() -> None:
             free_port(taken.getsockname()[1])
 
 
-def test_stop_ends_grandchildren_in_other_process_groups_and_deaf_ones() -> None:
-    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+def test_stop_ends_grandchildren_even_in_other_process_groups_and_without_sigint() -> None:
+    without_sigint = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    )
     program = (
         "import subprocess, sys\n"
-        f"child = subprocess.Popen([sys.executable, '-c', {deaf!r}], process_group=0)\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {without_sigint!r}], process_group=0)\n"
         "print('up', flush=True)\n"
         "child.wait()\n"
     )
     server = Server(8000, patience_s={signal.SIGINT: 0.5, signal.SIGTERM: 10.0})
     server.launch([sys.executable, "-c", program])
-    deadline = time.monotonic() + 20
-    while "up" not in server.tail() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: "up" in server.tail(), what="the child process")
     pids = server.alive()
     assert len(pids) == 2
     server.stop()
