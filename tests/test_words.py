@@ -1,4 +1,4 @@
-"""Plain words and sizes: the wording, the lengths, the loggers and the private names of the product.
+"""Plain words and sizes: wording, lengths, loggers and private names of the product.
 
 Every failure lists its places as `file:line`, with the rule that each of them breaks.
 """
@@ -219,8 +219,7 @@ def own_names(module: ast.Module) -> Iterator[str]:
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            if isinstance(node.value, ast.Name) and node.value.id == "self":
-                yield node.attr
+            yield from [node.attr] if ast.unparse(node.value) == "self" else []
 
 
 def is_private(name: str) -> bool:
