@@ -473,6 +473,13 @@ def test_a_chat_request_enters_at_most_twelve_files_and_the_page_names_them() ->
         assert function.strip("`") in functions(path), f"{file} has no {function}"
 
 
+def test_every_file_that_a_chat_request_enters_is_on_the_page(tmp_path: Path) -> None:
+    from tests.serve_app.walk import files_of_a_chat_request
+
+    named = pages.inline_code(ROOT / "docs" / "request-walk.md")
+    assert files_of_a_chat_request(tmp_path) - set(named) == set()
+
+
 def test_the_layers_are_those_of_the_import_contract() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = project["tool"]["importlinter"]["contracts"]
