@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import json
 import re
+import shlex
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -125,6 +126,13 @@ def functions(path: Path) -> set[str]:
     return found
 
 
+def test_every_promise_names_a_test_that_shows_it() -> None:
+    promises = pages.rows(pages.section(README, "Promises, and the test of each"))
+    assert len(promises) > 10
+    for promise, proof in promises:
+        assert any(name.startswith("tests/") for name in re.findall(r"`([^`]+)`", proof)), promise
+
+
 # ---- code blocks --------------------------------------------------------------------------------
 
 
@@ -184,14 +192,23 @@ def test_every_json_document_is_an_error_as_the_server_sends_it(block: Block) ->
 
 # ---- shell --------------------------------------------------------------------------------------
 
-COMMANDS = [
-    pytest.param(words, id=f"{block}-{' '.join(words)[:40]}")
+COMMANDS = {
+    f"{block}-{' '.join(words)[:60]}": words
     for block in pages.all_blocks("bash")
     for words in pages.commands(block)
-]
+}
+STARTS = {id: words for id, words in COMMANDS.items() if words[1:3] == ["rollout", "start"]}
 
 
-@pytest.mark.parametrize("words", COMMANDS)
+INLINE = {
+    f"{page.name}-{code}": shlex.split(re.sub(r"[\[\]]", "", code))  # what is optional is used
+    for page in PAGES
+    for code in pages.inline_code(page)
+    if code.startswith(("hotswap ", "make ", "python -m ", "serve deploy ", ".venv/bin/"))
+}
+
+
+@pytest.mark.parametrize("words", [*COMMANDS.values(), *INLINE.values()], ids=[*COMMANDS, *INLINE])
 def test_every_command_of_the_documentation_can_be_run(words: list[str]) -> None:
     program, *arguments = words
     check = {
@@ -248,6 +265,8 @@ def check_python(arguments: list[str]) -> None:
     assert spec is not None
     assert spec.origin is not None
     source = Path(spec.origin).read_text(encoding="utf-8")
+    if module == "benchmarks.serving" and rest[:1] == ["--only"]:
+        assert set(rest[1:]) <= set(named("benchmarks.serving:NAMES"))
     for word in rest:
         if word.startswith("--"):
             assert f'"{word}"' in source, f"{module} has no option {word}"
@@ -298,9 +317,7 @@ def find(method: str, path: str) -> tuple[str, dict[str, Any]]:
     raise AssertionError(f"there is no route {method} {path}")
 
 
-@pytest.mark.parametrize(
-    "words", [each for each in COMMANDS if each.values[0][:3] == ["hotswap", "rollout", "start"]]
-)
+@pytest.mark.parametrize("words", STARTS.values(), ids=STARTS)
 def test_every_rollout_that_the_documentation_starts_is_a_plan_that_a_server_would_get(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
