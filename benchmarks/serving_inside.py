@@ -74,7 +74,7 @@ class InHand:
     def hold(self, world: World) -> str:
         """The canary beside the default; returns its revision."""
         image = pack(str(world.adapters[1]), self.slot.layout)
-        self._runner.run(self.engine.hold(self.slot.stage(image)))
+        self._runner.run(self.engine.add(self.slot.stage(image)))
         return str(image.revision)
 
     def saturate(
@@ -134,7 +134,7 @@ class Counted:
 
 @contextmanager
 def counting(engine: CausalEngine) -> Iterator[Counted]:
-    managers = engine._managers
+    managers = engine.managers
     counted = Counted(batches=[[] for _ in managers], step_s=[[] for _ in managers])
     commit = Slot.commit
 
@@ -145,10 +145,10 @@ def counting(engine: CausalEngine) -> Iterator[Counted]:
         return receipt
 
     def watched(lane: int, manager: Any) -> Callable[[], None]:
-        step = manager._generation_step
+        step = manager.run_step
 
         def run() -> None:
-            batch = len(manager.batch_processor.inputs_and_outputs.requests_in_batch)
+            batch = len(manager.last_batch())
             began = time.perf_counter()
             step()
             counted.step_s[lane].append(time.perf_counter() - began)
@@ -159,9 +159,7 @@ def counting(engine: CausalEngine) -> Iterator[Counted]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Slot, "commit", timed_commit))
         for lane, manager in enumerate(managers):
-            stack.enter_context(
-                mock.patch.object(manager, "_generation_step", watched(lane, manager))
-            )
+            stack.enter_context(mock.patch.object(manager, "run_step", watched(lane, manager)))
         yield counted
 
 

@@ -1,8 +1,8 @@
-"""Admission: the gate in front of the engine that makes `drain` exact.
+"""Admission control: the gate that makes a drain exact.
 
-A request is inside from before its revision is read until its last token. While the gate is closed
-nobody new comes in, and requests that arrive wait; nothing is refused. So whoever closed the gate
-and saw it empty may change the weights: no request can notice.
+A request counts as running from before its revision is read until after its last token. While the
+gate is closed, new requests wait; none is refused. So when the gate is closed and no request is
+running, the weights can change without any request noticing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 
 class DrainTimeout(Exception):
-    """Requests were still running when the wait ended; the gate is as before."""
+    """Requests were still running after the drain timeout; the gate is as it was before."""
 
     code = "drain_timeout"
 
@@ -26,7 +26,10 @@ class DrainTimeout(Exception):
 
 
 class Admission:
-    """Counts who is inside. For one event loop; starts closed."""
+    """Counts running requests and holds back new ones while closed. Starts closed.
+
+    For one event loop; not thread-safe.
+    """
 
     def __init__(self) -> None:
         self.running = 0
@@ -45,7 +48,7 @@ class Admission:
         self._open.clear()
 
     async def enter(self) -> None:
-        """Wait for the gate, then count as running. Pair with `leave`."""
+        """Waits until the gate is open, then counts as running. Pair with `leave`."""
         while not self.is_open:
             await self._open.wait()
         self.running += 1
@@ -58,9 +61,10 @@ class Admission:
 
     @asynccontextmanager
     async def drained(self, *, timeout_s: float) -> AsyncIterator[None]:
-        """Close the gate and wait until nobody is inside; then leave it as it was before.
+        """Closes the gate and waits until no request is running. Afterwards it is as before.
 
-        Raises `DrainTimeout` after `timeout_s` seconds.
+        Raises:
+            DrainTimeout: after `timeout_s` seconds.
         """
         was_open = self.is_open
         self.close()

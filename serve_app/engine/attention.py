@@ -1,35 +1,40 @@
 """Attention as one opaque operation, so that whole decoder layers can be compiled.
 
-Left to itself, dynamo looks into the paged attention of continuous batching: it guards on
-`layer_idx`, compiles attention once for each layer until it hits its limit, and then silently runs
-eager. Here a compiled layer sees one custom operation. What it needs beside query, key and value
-(cache, lengths, block tables) is what the model was called with, and is picked up outside of the
-graph; inside, transformers' own attention runs as ever.
+Without this, dynamo traces into the paged attention of continuous batching: it guards on
+`layer_idx`, compiles attention once for each layer until it hits the recompile limit, and then
+silently runs eager. Here a compiled layer sees one custom operation. The other arguments of
+attention (cache, lengths, block tables) are those of the model's call. They are read outside of
+the graph, and transformers' own attention runs unchanged.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from serve_app.engine.transformers_internals import (
+    attention_layers,
+    attention_of,
+    mask_for,
+    set_layer_attention,
+)
 
 _NAME = "hotswap_paged"
 _FOR_THE_MODEL = {"input_ids", "attention_mask", "use_cache", "logits_to_keep"}
-_numbers = itertools.count()
-_modules: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
 
 class _Call:
-    """What a model was called with: everything that its attention layers get beside tensors."""
+    """The arguments of the current call of a model that its attention layers receive as well."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = weakref.proxy(model)
+        self.layers: list[_Layer] = []
         self.mask: Any = None
         self.kwargs: dict[str, Any] = {}
 
@@ -38,25 +43,36 @@ class _Call:
         self.kwargs = {k: v for k, v in kwargs.items() if k not in _FOR_THE_MODEL}
 
 
+@dataclass(eq=False)
+class _Layer:
+    """An attention layer of a model, and the model's current call."""
+
+    module: nn.Module
+    call: _Call
+
+
+_numbers = itertools.count()
+_layers: weakref.WeakValueDictionary[int, _Layer] = weakref.WeakValueDictionary()  # by number
+
+
 def make_opaque(model: PreTrainedModel) -> bool:
-    """Have every attention layer of `model` run as one operation; False when it cannot.
+    """Has every attention layer of `model` run as one operation; False if it cannot.
 
     The model must be called with keyword arguments, as continuous batching does.
     """
-    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
-    if not layers or not model._supports_attention_backend:
+    layers = attention_layers(model)
+    if not layers:
         return False
-    # only the layers get the other name: masks and caches go by the model's own config
-    config = copy.copy(layers[0].config)
-    config._attn_implementation = _NAME
+    AttentionInterface.register(_NAME, _attention)
+    set_layer_attention(layers, _NAME)
     call = _Call(model)
-    for layer in layers:
+    for module in layers:
         number = next(_numbers)
-        _modules[number] = layer
-        layer.config = config
-        layer._hotswap_call = call
-        # a tensor, because dynamo guards on numbers; on the host, so that reading it is no sync
-        layer._hotswap_number = torch.tensor(number)
+        _layers[number] = layer = _Layer(module, call)
+        call.layers.append(layer)  # the model keeps its hook, the hook its call, the call these
+        # an attribute of ours on the layer, which is all that `_attention` gets; a tensor, because
+        # dynamo guards on numbers; on the host, so that reading it does not wait for the device
+        module.hotswap_layer_number = torch.tensor(number)
     model.register_forward_pre_hook(call.remember, with_kwargs=True)
     return True
 
@@ -75,10 +91,9 @@ def _attention(  # transformers' signature
     s_aux: Tensor | None = None,
     **kwargs: Any,  # noqa: ARG001
 ) -> tuple[Tensor, None]:
-    """What a layer calls: query, key, value of (1, heads, tokens, head size)."""
-    out = paged_attention(
-        query, key, value, module._hotswap_number, scaling, sliding_window, softcap, s_aux
-    )
+    """The attention function of a layer. Query, key, value: (1, heads, tokens, head size)."""
+    number: Any = module.hotswap_layer_number
+    out = paged_attention(query, key, value, number, scaling, sliding_window, softcap, s_aux)
     return out, None
 
 
@@ -95,18 +110,15 @@ def paged_attention(
 ) -> Tensor:
     """Attention of layer `number` in the current call. Returns (1, tokens, heads, head size).
 
-    It also writes key and value into the paged cache, which no graph knows of.
+    It also writes key and value into the paged cache, of which no graph knows.
     """
-    module = _modules[int(number)]
-    call: _Call = module._hotswap_call  # type: ignore[assignment]
-    mask = call.mask
-    if isinstance(mask, dict):  # one for each kind of layer
-        mask = mask[module.config.layer_types[module.layer_idx]]  # type: ignore[union-attr,index]
+    layer = _layers[int(number)]
+    call = layer.call
     given = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
     given = {name: value for name, value in given.items() if value is not None}
-    forward = ALL_ATTENTION_FUNCTIONS[call.model.config._attn_implementation]
+    forward, mask = attention_of(call.model), mask_for(layer.module, call.mask)
     out: Tensor
-    out, _ = forward(module, query, key, value, mask, scaling=scaling, **call.kwargs, **given)
+    out, _ = forward(layer.module, query, key, value, mask, scaling=scaling, **call.kwargs, **given)
     return out.contiguous()
 
 
@@ -114,6 +126,3 @@ def paged_attention(
 def _(query: Tensor, _key: Tensor, value: Tensor, *_: Any) -> Tensor:
     batch, heads, tokens, _size = query.shape
     return query.new_empty(batch, tokens, heads, value.shape[-1])
-
-
-AttentionInterface.register(_NAME, _attention)

@@ -1,10 +1,10 @@
-"""Which parts of a model are compiled.
+"""Compiles parts of a model: whole decoder layers, or the blocks inside them.
 
-With attention made opaque (`serve_app.engine.attention`), whole decoder layers: one graph for all of them.
-Elsewhere the blocks inside repeated layers that do not know which layer they are: MLPs,
-projections, norms; the adapter's matrices are in them. Attention itself is left out there: it hands
-`layer_idx` to the cache, dynamo guards on that number, and so would compile it once per layer until
-it hits the recompile limit and silently runs eager.
+With opaque attention (`serve_app.engine.attention`), whole decoder layers: one graph for all.
+Elsewhere the blocks inside repeated layers that do not depend on the layer's number: MLPs,
+projections and norms, with the adapter's matrices. Attention itself is left out there: it passes
+`layer_idx` to the cache, dynamo guards on that number, so it would compile attention once per layer
+until it hits the recompile limit and silently runs eager.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import nn
 
 
 def compile_layers(model: nn.Module) -> int:
-    """Compile the repeated layers of `model` in place, for any sizes. Returns how many."""
+    """Compiles the repeated layers of `model` in place, for any sizes. Returns how many."""
     return _compile(_repeated(model))
 
 
 def compile_regions(model: nn.Module) -> int:
-    """Compile every region of `model` in place, for any number of tokens. Returns how many."""
+    """Compiles every region of `model` in place, for any number of tokens. Returns how many."""
     return _compile(find_regions(model))
 
 
@@ -38,7 +38,7 @@ def _compile(modules: Iterable[nn.Module]) -> int:
 
 
 def _repeated(module: nn.Module) -> Iterator[nn.Module]:
-    """The repeated layers; not what is repeated inside of one."""
+    """The outermost repeated layers."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child

@@ -1,9 +1,9 @@
-"""Lanes: how many revisions generate at once, and whose turn it is when there are more.
+"""Lanes: the revisions that generate at once, and the queue of revisions that wait for a lane.
 
-A lane is one revision's requests with a KV cache of their own. A request gets the lane of its
-revision; if there is none, an idle lane becomes one. When all are busy it waits: the lane that has
-had its revision longest lets nobody new in, empties, and goes to whoever waits first. So no
-revision is starved, and none changes hands more often than every `turn_s`.
+A lane is a KV cache that the requests of one revision share. A request enters the lane of its
+revision; if there is none, an idle lane is bound to it. When all lanes are busy the request waits:
+the lane that was bound first admits no new requests, drains, and goes to the revision that has
+waited longest. So no revision starves, and a lane changes its revision at most once per `turn_s`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,21 @@ from dataclasses import dataclass, field
 from hotswap_lib import Revision
 from serve_app.wire.errors import LanesTaken
 
-TURN_S = 1.0  # shorter weight_lock would spend themselves on emptying and filling lanes
+TURN_S = 1.0  # with less, lanes would spend their time draining and filling
 Clear = Callable[[int, Revision], Awaitable[None]]
 
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """`bound`: whose requests run here. `closing`: nobody new comes in. `since`: loop time."""
+    """One lane.
+
+    Attributes:
+        bound: the revision whose requests run here.
+        running: their number.
+        closing: it admits no new requests, so that it drains.
+        since: loop time at which it was bound.
+        ready: the task that clears its cache.
+    """
 
     index: int
     bound: Revision | None = None
@@ -33,7 +41,10 @@ class Lane:
 
 
 class Lanes:
-    """For one event loop. `clear(lane, revision)` makes a lane's cache ready for a revision."""
+    """For one event loop. `clear(lane, revision)` makes a lane's cache ready for a revision.
+
+    `wait`: requests wait for a lane; else they are refused with `LanesTaken`.
+    """
 
     def __init__(self, count: int, clear: Clear, *, wait: bool, turn_s: float = TURN_S) -> None:
         self._lanes = [Lane(index) for index in range(count)]
@@ -47,17 +58,22 @@ class Lanes:
     def all(self) -> Sequence[Lane]:
         return self._lanes
 
+    @property
+    def waiting(self) -> tuple[Revision, ...]:
+        """The revisions that wait for a lane, in their order."""
+        return tuple(self._waiting)
+
     async def enter(self, revision: Revision) -> int:
-        """The index of the lane to run in, which counts one more request. Pair with `leave`.
+        """Counts a request as running in a lane and returns its index. Pair with `leave`.
 
         Raises:
-            LanesTaken: none is free, and this is not a place for waiting.
+            LanesTaken: no lane is free, and requests do not wait here.
         """
         lane = self._of(revision) or self._take(revision)
         if lane is None:
             if not self._wait:
                 raise LanesTaken(str(revision), len(self._lanes))
-            lane = await self._turn(revision)
+            lane = await self._wait_for_lane(revision)
         else:
             lane.running += 1
         try:
@@ -73,13 +89,13 @@ class Lanes:
         self._arrange()
 
     def forget(self, revision: Revision) -> None:
-        """Nobody will ask for it again: its lane is the first to be taken."""
+        """Unbinds the idle lane of a revision that is not served any more."""
         for lane in self._lanes:
             if lane.bound == revision and lane.running == 0:
                 lane.bound, lane.since = None, 0.0
 
     async def reserve(self, revision: Revision) -> None:
-        """Have an idle lane ready for a revision that is about to be asked for, if there is one."""
+        """Prepares an idle lane, if there is one, for a revision that will get requests soon."""
         lane = self._of(revision) or self._take(revision)
         if lane is not None and lane.ready is not None:
             await asyncio.shield(lane.ready)
@@ -91,7 +107,7 @@ class Lanes:
         return None
 
     def _take(self, revision: Revision) -> Lane | None:
-        """An idle lane for `revision`, unless somebody has waited longer for one."""
+        """An idle lane for `revision`, unless other requests have waited longer for one."""
         if self._waiting:
             return None
         idle = [lane for lane in self._lanes if lane.running == 0]
@@ -107,7 +123,8 @@ class Lanes:
         self, lane: Lane, revision: Revision, before: asyncio.Task[None] | None
     ) -> None:
         if before is not None:
-            # who wanted it may be gone, its clear may not: what ends last decides whose lane it is
+            # the earlier cache reset may still run although its request was cancelled; wait for
+            # it, so that the newest revision owns the lane
             await asyncio.wait([before])
         try:
             await self._clear(lane.index, revision)
@@ -116,14 +133,14 @@ class Lanes:
                 lane.bound = None
             raise
 
-    async def _turn(self, revision: Revision) -> Lane:
+    async def _wait_for_lane(self, revision: Revision) -> Lane:
         mine: asyncio.Future[Lane] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(revision, []).append(mine)
         self._arrange()
         try:
             return await mine
         except asyncio.CancelledError:
-            if mine.done() and not mine.cancelled():  # it was just let in
+            if mine.done() and not mine.cancelled():  # it was just admitted
                 self.leave(mine.result().index)
             else:
                 self._stop_waiting(revision, mine)
@@ -137,37 +154,37 @@ class Lanes:
         self._arrange()
 
     def _arrange(self) -> None:
-        """Idle lanes to those who wait, first come first served; then ask busy ones to empty."""
+        """Gives idle lanes to waiting revisions, in their order; then drains busy lanes."""
         for lane in sorted(self._lanes, key=_worth):
             if not self._waiting:
                 break
             if lane.running == 0:
                 revision, futures = self._waiting.popitem(last=False)
-                self._let_in(self._bind(lane, revision), futures)
+                self._admit(self._bind(lane, revision), futures)
         self._reopen()
         self._close_one()
 
-    def _let_in(self, lane: Lane, futures: list[asyncio.Future[Lane]]) -> None:
+    def _admit(self, lane: Lane, futures: list[asyncio.Future[Lane]]) -> None:
         for future in futures:
             if not future.done():
                 lane.running += 1
                 future.set_result(lane)
 
     def _wanted(self) -> int:
-        """How many lanes have to empty: one for each revision that waits and is in none."""
+        """The number of lanes to drain: one for each waiting revision without a lane."""
         return len(set(self._waiting) - {lane.bound for lane in self._lanes})
 
     def _reopen(self) -> None:
-        """Lanes that nobody else wants any more let their own newcomers in, the latest first."""
+        """Reopens draining lanes that no waiting revision needs, most recently bound first."""
         surplus = sum(lane.closing for lane in self._lanes) - self._wanted()
         closing = sorted((lane for lane in self._lanes if lane.closing), key=_worth, reverse=True)
         for lane in closing[: max(0, surplus)]:
             lane.closing = False
             if lane.bound is not None:
-                self._let_in(lane, self._waiting.pop(lane.bound, []))
+                self._admit(lane, self._waiting.pop(lane.bound, []))
 
     def _close_one(self) -> None:
-        """Have lanes empty, as many as are wanted, the one bound longest first."""
+        """Starts to drain as many lanes as are wanted, the one bound first before others."""
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
@@ -185,5 +202,5 @@ class Lanes:
 
 
 def _worth(lane: Lane) -> tuple[bool, float]:
-    """Which lane to give away first: an unbound one, else the one bound longest ago."""
+    """Sort key of the lanes to give away: unbound ones, then the one bound longest ago."""
     return lane.bound is not None, lane.since

@@ -1,4 +1,4 @@
-"""Pooling: how the vectors of a text's tokens become one."""
+"""Pooling: one vector for a text, from the vectors of its tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ Pooling = Literal["mean", "cls", "last"]
 
 
 def pool(hidden_BLD: torch.Tensor, mask_BL: torch.Tensor, pooling: Pooling) -> torch.Tensor:
-    """One float32 vector for each row, [B, D]. Rows begin at 0; padding is behind them."""
+    """One float32 vector for each row, [B, D]. Rows are padded at their end.
+
+    `hidden_BLD`: the model's last hidden state. `mask_BL`: 1 for a token, 0 for padding.
+    """
     hidden_BLD = hidden_BLD.float()
     if pooling == "cls":
         return hidden_BLD[:, 0]

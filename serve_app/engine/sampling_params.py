@@ -1,4 +1,4 @@
-"""What a request asks of the sampler, and what it says about a token beside its id."""
+"""Sampling parameters of a request, and token log-probabilities."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one request wants its tokens drawn.
+    """How the tokens of one request are sampled.
 
     Attributes:
-        temperature: 0 takes the likeliest token, always the same.
-        top_p: draw from the smallest set of tokens whose probabilities add up to this.
-        top_k: draw from so many of the likeliest tokens; 0: from all of them.
-        seed: same seed, same prompt, same revision: same tokens, whatever else runs beside it.
-        logprobs: None: no log-probabilities; else how many alternatives to name for each token.
-        forced: (length of the prompt, tokens): these tokens, whatever the model would say; for
-            whoever wants to know how likely a text is. The temperature does not matter then.
+        temperature: 0 is greedy.
+        top_p: sample from the smallest set of tokens whose probabilities add up to this.
+        top_k: sample from this many of the likeliest tokens; 0: from all of them.
+        seed: the same seed, prompt and revision give the same tokens, in any batch.
+        logprobs: None: no log-probabilities; else how many alternatives to report for each token.
+        forced: (length of the prompt, tokens): generate exactly these tokens, to score a text.
+            The temperature is ignored then.
     """
 
     temperature: float = 1.0
@@ -27,7 +27,7 @@ class SamplingParams:
     forced: tuple[int, tuple[int, ...]] | None = None
 
     def forced_at(self, position: int) -> int | None:
-        """The token that has to stand at `position` of the sequence, the prompt counted."""
+        """The token to force at `position` of the sequence, prompt included; None: sample."""
         if self.forced is None:
             return None
         begins, tokens = self.forced
@@ -39,7 +39,7 @@ class TokenLogprobs:
     """Natural logarithms of the model's own probabilities, before temperature, top_p and top_k.
 
     Attributes:
-        chosen: of the token that was taken.
+        chosen: of the token that was generated.
         top: the likeliest tokens, best first: (token id, logprob).
     """
 

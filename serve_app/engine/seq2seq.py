@@ -1,7 +1,7 @@
-"""Text to text: `generate` on a batch, whose rows sample, stream and end each by itself.
+"""Encoder-decoder generation: `generate` on a batch; each row samples, streams and ends by itself.
 
-transformers brings encoder, cache and loop, and takes the likeliest token of every row. Inside that
-loop each row's token is drawn, made the likeliest, and sent to whoever waits for it.
+transformers runs encoder, cache and loop, and takes the likeliest token of each row. A logits
+processor inside that loop draws each row's token, makes it the likeliest, and delivers it.
 
 Shapes: B rows, L tokens of the longest, V tokens in the vocabulary, N alternatives.
 """
@@ -24,19 +24,24 @@ from transformers import (
 
 from hotswap_lib import Revision, Slot
 from serve_app.engine.batching import BatchEngine, Job
+from serve_app.engine.drawing import choose, uniform
 from serve_app.engine.engine import Ticket
-from serve_app.engine.sampler import choose, uniform
 from serve_app.engine.sampling_params import SamplingParams, TokenLogprobs
 from serve_app.engine.steps import GenerationOutput
 from serve_app.settings import Settings
 from serve_app.wire.errors import EngineStopped
 
 _GREEDY = SamplingParams(temperature=0.0)
-_NO_LOGPROB = -9999.0  # OpenAI's number for what JSON cannot say
+_NO_LOGPROB = -9999.0  # OpenAI's number for a logarithm that JSON cannot represent
 
 
 class Generation(Job):
-    """One row. Written in the thread; the loop reads `news`, whose last step is a finished one."""
+    """One row. Written by the model thread; the event loop reads `outputs`.
+
+    Attributes:
+        decoder_ids: the token ids that the decoder starts with; known after the first step.
+        outputs: of the generation; the last one is finished. None: it has failed.
+    """
 
     def __init__(
         self,
@@ -54,9 +59,9 @@ class Generation(Job):
         self.stream = stream
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
-        self.before: list[int] = []  # what the decoder begins with
+        self.decoder_ids: list[int] = []
         self.finished = False
-        self.news: asyncio.Queue[GenerationOutput | None] = asyncio.Queue()
+        self.outputs: asyncio.Queue[GenerationOutput | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -64,7 +69,7 @@ class Generation(Job):
         return self.finished or self.cancelled
 
     def uniform(self) -> float:
-        """What decides the next token."""
+        """The uniform number that decides the next token."""
         return uniform(self.sampling, len(self.prompt_ids) + len(self.token_ids))
 
     def add(self, token_id: int, logprobs: TokenLogprobs | None, *, last: bool) -> None:
@@ -73,27 +78,27 @@ class Generation(Job):
             self.logprobs.append(logprobs)
         self.finished = last or len(self.token_ids) >= self.max_tokens
         if self.finished or self.stream:
-            step = GenerationOutput(
+            output = GenerationOutput(
                 token_ids=[*self.token_ids], finished=self.finished, logprobs=[*self.logprobs]
             )
-            self._loop.call_soon_threadsafe(self._tell, step)
+            self._loop.call_soon_threadsafe(self._deliver, output)
 
-    def _tell(self, step: GenerationOutput) -> None:
-        self.news.put_nowait(step)
-        if step.finished:  # what else is in its batch is no concern of this request
+    def _deliver(self, output: GenerationOutput) -> None:
+        self.outputs.put_nowait(output)
+        if output.finished:  # it does not wait for the other rows of its batch
             self.finish(None)
 
 
 class Seq2SeqEngine(BatchEngine[Generation]):
-    """An encoder-decoder. A batch takes as long as its longest answer, and the next one waits."""
+    """An encoder-decoder. A batch runs until its longest answer ends; the next batch waits."""
 
     def __init__(self, slot: Slot, settings: Settings, *, eos_token_ids: list[int]) -> None:
         super().__init__(slot, settings)
         self._eos = frozenset(eos_token_ids)
-        self._model: Any = slot.model.base_model.model
+        self._model: Any = slot.model.get_base_model()
         self._config = _config(self._model)
-        # nothing is compiled: a cache that grows leaves only small regions to compile, and calling
-        # those took a token of a T5 on a CPU 1.8 times as long as running it eagerly
+        # Nothing is compiled: with a growing cache only small regions can be, and calling those
+        # made a token of a T5 on a CPU 1.8 times as slow as eager.
 
     async def generate(
         self,
@@ -108,11 +113,11 @@ class Seq2SeqEngine(BatchEngine[Generation]):
             ticket.revision, prompt_ids, max_tokens=max_tokens, sampling=sampling, stream=stream
         )
         running = asyncio.create_task(self._result(ticket, job))
-        running.add_done_callback(lambda _: job.news.put_nowait(None))
+        running.add_done_callback(lambda _: job.outputs.put_nowait(None))
         try:
-            while (step := await job.news.get()) is not None:
-                yield step
-                if step.finished:
+            while (output := await job.outputs.get()) is not None:
+                yield output
+                if output.finished:
                     return
             running.result()
         finally:
@@ -122,7 +127,7 @@ class Seq2SeqEngine(BatchEngine[Generation]):
     def ended_by_itself(self, token_ids: list[int]) -> bool:
         return bool(token_ids) and token_ids[-1] in self._eos
 
-    # ---- in the thread ------------------------------------------------------------------------
+    # ---- in the model thread ------------------------------------------------------------------
 
     def _run(self, jobs: Sequence[Generation]) -> list[EngineStopped | None]:
         running = [job for job in jobs if not job.over]
@@ -132,10 +137,10 @@ class Seq2SeqEngine(BatchEngine[Generation]):
 
     def _generate(self, jobs: Sequence[Generation]) -> None:
         begun: dict[str, Any] = {}
-        if jobs[0].before:  # alone, after a failure in a batch: what was sent cannot be unsaid
+        if jobs[0].decoder_ids:  # alone, after its batch failed: it keeps the tokens it delivered
             [job] = jobs
-            begun = {"decoder_input_ids": self._tensor([[*job.before, *job.token_ids]])}
-        self._answer(
+            begun = {"decoder_input_ids": self._tensor([[*job.decoder_ids, *job.token_ids]])}
+        self._run_generate(
             [job.prompt_ids for job in jobs],
             most=max(job.max_tokens - len(job.token_ids) for job in jobs),
             logits_processor=LogitsProcessorList([_Draw(jobs, self._eos)]),
@@ -144,9 +149,9 @@ class Seq2SeqEngine(BatchEngine[Generation]):
         )
 
     def _run_every_shape(self) -> None:
-        self._answer([[self._config.pad_token_id]], most=2)  # loads what is loaded on first use
+        self._run_generate([[self._config.pad_token_id]], most=2)  # what is loaded on first use
 
-    def _answer(self, prompts: Sequence[list[int]], *, most: int, **how: Any) -> None:
+    def _run_generate(self, prompts: Sequence[list[int]], *, most: int, **how: Any) -> None:
         length = max(map(len, prompts))
         pad = self._config.pad_token_id
         ids = [[*prompt, *[pad] * (length - len(prompt))] for prompt in prompts]
@@ -165,7 +170,7 @@ class Seq2SeqEngine(BatchEngine[Generation]):
 
 
 class _Draw(LogitsProcessor):  # type: ignore[misc]
-    """Draws a token for each row, and leaves the scores so that it is the likeliest."""
+    """Samples one token per row and masks the logits so that `generate`'s argmax returns it."""
 
     def __init__(self, jobs: Sequence[Generation], eos: frozenset[int]) -> None:
         self._jobs = jobs
@@ -178,15 +183,17 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
         for row, (job, token) in enumerate(zip(self._jobs, token_B.tolist(), strict=True)):
             if job.over:
                 continue
-            job.before = job.before or input_ids_BL[row].tolist()
+            job.decoder_ids = job.decoder_ids or input_ids_BL[row].tolist()
             alternatives = job.sampling.logprobs
-            said = None if alternatives is None else _said(scores_BV[row], token, alternatives)
-            job.add(token, said, last=token in self._eos)
+            logprobs = None
+            if alternatives is not None:
+                logprobs = _logprobs(scores_BV[row], token, alternatives)
+            job.add(token, logprobs, last=token in self._eos)
         return torch.full_like(scores_BV, -torch.inf).scatter(1, token_B.unsqueeze(-1), 0.0)
 
 
 class _End(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row when it is over, and all of them when the engine stops."""
+    """Ends a row when it is finished or cancelled, and all rows when the engine stops."""
 
     def __init__(self, jobs: Sequence[Generation], engine: Seq2SeqEngine) -> None:
         self._jobs = jobs
@@ -202,7 +209,7 @@ class _End(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(over, device=input_ids_BL.device)
 
 
-def _said(scores_V: torch.Tensor, token: int, alternatives: int) -> TokenLogprobs:
+def _logprobs(scores_V: torch.Tensor, token: int, alternatives: int) -> TokenLogprobs:
     logprobs_V = scores_V.float().log_softmax(-1)
     best_N, token_N = logprobs_V.topk(min(alternatives, len(logprobs_V)))
     pairs = zip(token_N.tolist(), best_N.tolist(), strict=True)
@@ -214,14 +221,14 @@ def _said(scores_V: torch.Tensor, token: int, alternatives: int) -> TokenLogprob
 
 
 def _config(model: Any) -> Any:
-    """The checkpoint's own, for one sequence a row, without what depends on other rows."""
+    """The checkpoint's generation config, for one greedy sequence that ignores other rows."""
     config = copy.deepcopy(model.generation_config)
     config.update(
         do_sample=False,
         num_beams=1,
         num_return_sequences=1,
         max_length=None,
-        # at the batch's own end, which is that of its longest answer
+        # it would force the end token at the end of the batch, not of the row
         forced_eos_token_id=None,
     )
     if config.pad_token_id is None:

@@ -1,4 +1,4 @@
-"""Results that an engine hands out: a step of a generation, and a finished cutover."""
+"""Results of an engine: the output of a generation so far, and a finished cutover."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from serve_app.engine.sampling_params import TokenLogprobs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationOutput:
-    """What a generation has so far: all its tokens, the end token included.
+    """All tokens that a generation has so far, the end token included.
 
-    `logprobs`: one for each token, when the request wants them; else empty. `first_at`: when there
-    was a first token, on `time.perf_counter`'s clock.
+    Attributes:
+        logprobs: one for each token if the request wants them; else empty.
+        first_at: time of the first token, on `time.perf_counter`'s clock.
     """
 
     token_ids: list[int]
@@ -25,7 +26,7 @@ class GenerationOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cutover:
-    """What changing the default revision did, and how long its phases took."""
+    """A finished change of the default revision, and how long its phases took."""
 
     receipt: Receipt
     drain_ms: float

@@ -1,8 +1,8 @@
-"""WeightLock: several revisions over one set of weights, one step at a time.
+"""WeightLock: several revisions share one set of weights, one step at a time.
 
-Whoever wants a forward pass takes a turn and names a revision. If that is not the live one, its
-image is committed first, which is one copy; so a step always runs on the revision that it was meant
-for. WeightLock are given in the order in which they were asked for: a busy lane cannot starve another.
+A forward pass takes the lock and names a revision. If that revision is not in the weights, its
+staged image is committed first, which is one copy. So every step runs on its own revision. The lock
+is first come, first served: a busy lane cannot starve another.
 """
 
 from __future__ import annotations
@@ -17,24 +17,38 @@ from hotswap_lib import Receipt, Revision, Slot, Staged
 
 
 class WeightLock:
-    """The staged images of a replica's revisions, and who may run the model now."""
+    """The staged images of a replica's revisions, and the lock on its weights.
+
+    Attributes:
+        commits: how often `on` had to change the weights.
+    """
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
-        self.commits = 0  # how often a turn had to change the weights
+        self.commits = 0
         self._staged = {slot.revision: slot.stage(slot.live)}
         self._lock = FairLock()
+
+    @property
+    def revisions(self) -> frozenset[Revision]:
+        """The revisions whose staged images are in memory."""
+        return frozenset(self._staged)
+
+    @property
+    def waiting(self) -> int:
+        """Threads that wait for the lock."""
+        return self._lock.waiting
 
     def add(self, staged: Staged) -> None:
         self._staged[staged.revision] = staged
 
     def drop(self, revision: Revision) -> None:
-        """Free its memory; nobody may ask for a turn on it any more."""
+        """Frees its memory. No step may name it afterwards."""
         self._staged.pop(revision, None)
 
     @contextmanager
     def on(self, revision: Revision) -> Iterator[None]:
-        """A turn with `revision` in the weights. Blocks; for threads, never for an event loop."""
+        """Holds the lock with `revision` in the weights. Blocks; never call it on an event loop."""
         with self._lock:
             if self.slot.revision != revision:
                 self.slot.commit(self._staged[revision])
@@ -42,13 +56,13 @@ class WeightLock:
             yield
 
     def commit_and_verify(self, revision: Revision) -> tuple[Receipt, float]:
-        """Commit `revision` and compare every byte. Returns the receipt and seconds of verifying.
+        """Commits `revision` and compares every byte. Returns the receipt and seconds of verifying.
 
         Raises:
-            VerifyFailed: the weights hold what they held before.
+            VerifyFailed: the weights hold the same revision as before.
         """
         with self._lock:
-            # not among the staged, if the last turn was on a revision that was dropped since
+            # the revision in the weights has no staged image if it was dropped after its last step
             before = self._staged.get(self.slot.revision) or self.slot.stage(self.slot.live)
             receipt = self.slot.commit(self._staged[revision])
             began = time.monotonic()
@@ -61,12 +75,17 @@ class WeightLock:
 
 
 class FairLock:
-    """A lock that is handed to whoever has waited longest."""
+    """A lock that goes to the thread that has waited longest."""
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
         self._held = False
         self._waiting: deque[threading.Lock] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """Threads that wait for the lock."""
+        return len(self._waiting)
 
     def __enter__(self) -> None:
         with self._mutex:
@@ -76,7 +95,7 @@ class FairLock:
             ticket = threading.Lock()
             ticket.acquire()
             self._waiting.append(ticket)
-        ticket.acquire()  # released by the one before, who leaves the lock held for us
+        ticket.acquire()  # released by the previous holder, which leaves the lock held for us
 
     def __exit__(self, *_: object) -> None:
         with self._mutex:

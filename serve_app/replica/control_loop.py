@@ -121,7 +121,7 @@ class ControlLoop:
         if self._cutting_over != (want.hold, want.in_flight):
             await self._stop_work()
         self._acting_on, self._answer = want, answer
-        self._engine.go_by(want.traffic)
+        self._engine.apply_traffic(want.traffic)
         self._refused.clear()  # those that are still wanted are tried again now
         if self._work is None:
             self._work = asyncio.create_task(self._make_so())
@@ -266,14 +266,14 @@ class ControlLoop:
         # last, so that one that takes another's name leaves no moment without it
         for revision in self._engine.serves[1:]:
             if revision.key not in want.also_serves:
-                self._engine.drop(revision)
+                self._engine.remove(revision)
 
     async def _serve(self, name: str) -> None:
         """One revision beside the default; a failure is its own and disturbs nobody."""
         try:
             async with asyncio.timeout(self._patience_s):
                 brought = await self._staging.bring(name, self._answer)
-            await self._engine.hold(brought.staged)
+            await self._engine.add(brought.staged)
         except TimeoutError:
             self._refuse(name, f"its image did not come within {self._patience_s:g} s")
         except Exception as error:  # whatever it is, the fleet must hear of it

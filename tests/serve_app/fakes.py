@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from serve_app.engine.steps import Cutover
 from serve_app.rollout.state import Traffic
 from serve_app.wire.admin import LaneView
 
-NEVER_S = 10.0
+NEVER_S = 30.0
 
 
 class FakeRef:
@@ -74,9 +75,9 @@ class FakeEngine:
     def lanes(self) -> tuple[LaneView, ...]:
         return tuple(LaneView(revision=str(revision)) for revision in self.serves)
 
-    def go_by(self, traffic: Traffic | None) -> None:
+    def apply_traffic(self, traffic: Traffic | None) -> None:
         self.traffic = traffic
-        self.recorder.open(None if traffic is None else traffic.step_id)
+        self.recorder.start_step(None if traffic is None else traffic.step_id)
 
     async def cut_over(self, staged: Staged, *, in_flight: str) -> Cutover:
         self.policies.append(in_flight)
@@ -95,14 +96,14 @@ class FakeEngine:
         self._changed()
         return Cutover(receipt=receipt, drain_ms=0.5, verify_ms=0.25)
 
-    async def hold(self, staged: Staged) -> None:
+    async def add(self, staged: Staged) -> None:
         if (error := self.holding_fails.get(staged.revision.name)) is not None:
             raise error
         self.slot.commit(staged)  # as lanes do: what is in the weights is not what is the default
         self.also_serves.add(staged.revision)
         self._changed()
 
-    def drop(self, revision: Revision) -> None:
+    def remove(self, revision: Revision) -> None:
         self.also_serves.discard(revision)
         self._changed()
 
@@ -139,11 +140,12 @@ def bucket(patch: pytest.MonkeyPatch) -> Iterator[str]:
         server.server_close()
 
 
-async def until(condition: Callable[[], bool], what: str = "it never happened") -> None:
-    """Wait for a condition, and fail when it takes too long."""
+async def until(condition: Callable[[], bool], what: str | None = None) -> None:
+    """Wait for a condition; after `NEVER_S`, fail with `what` or the condition's source text."""
     deadline = asyncio.get_running_loop().time() + NEVER_S
     while not condition():
-        assert asyncio.get_running_loop().time() < deadline, what
+        if asyncio.get_running_loop().time() > deadline:
+            raise AssertionError(what or f"waited for {inspect.getsource(condition).strip()}")
         await asyncio.sleep(0.002)
 
 

@@ -12,12 +12,14 @@ import pytest
 from hotswap_lib import AdapterImage, Slot
 from serve_app.engine.causal import CausalEngine
 from serve_app.engine.continuous_batching import LaneManager
+from serve_app.engine.lanes import TURN_S
 from serve_app.engine.sampling_params import SamplingParams, TokenLogprobs
 from serve_app.engine.steps import GenerationOutput
 from serve_app.rollout.plan import InFlight
 from serve_app.settings import Settings
 from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.conftest import new_slot
+from tests.serve_app.fakes import until
 
 T = TypeVar("T")
 GREEDY = SamplingParams(temperature=0.0)
@@ -27,7 +29,7 @@ LONG = [(7 * i) % 250 for i in range(4 * PAGE + 5)]  # four whole pages, and a b
 
 
 class Said(NamedTuple):
-    """A step, and the revision that its request runs on."""
+    """An output, and the revision that its request runs on."""
 
     revision: str
     token_ids: list[int]
@@ -44,6 +46,7 @@ class Running:
         images: dict[str, AdapterImage],
         kind: type[CausalEngine] = CausalEngine,
         slot: Slot | None = None,
+        turn_s: float = TURN_S,
         **settings: Any,
     ) -> None:
         given = {"compile": False, "max_ongoing_requests": 8, "kv_cache_tokens": 2048}
@@ -54,6 +57,7 @@ class Running:
             self.slot,
             Settings(model=str(world.model), **{**given, **settings}),
             eos_token_ids=[259],
+            turn_s=turn_s,
         )
         self.engine.start()
 
@@ -63,7 +67,7 @@ class Running:
     @property
     def manager(self) -> LaneManager:
         """The first lane's."""
-        return self.engine._managers[0]
+        return self.engine.managers[0]
 
     def close(self) -> None:
         self.engine.stop()
@@ -75,8 +79,8 @@ class Running:
         return str(self.engine.default)
 
     async def hold(self, name: str) -> str:
-        """Serve this adapter beside the default; returns its revision."""
-        await self.engine.hold(self.slot.stage(self.images[name]))
+        """Serve this adapter as well; returns its revision."""
+        await self.engine.add(self.slot.stage(self.images[name]))
         return self.world.revision(name)
 
     @asynccontextmanager
@@ -89,7 +93,7 @@ class Running:
         stream: bool = False,
         sampling: SamplingParams = GREEDY,
     ) -> AsyncIterator[AsyncIterator[Said]]:
-        """The steps of one request, each with the revision that the request runs on."""
+        """The outputs of one request, each with the revision that the request runs on."""
 
         async def said(
             revision: str, steps: AsyncIterator[GenerationOutput]
@@ -110,7 +114,7 @@ class Running:
         return step
 
     def is_exact(self, step: Said, ids: list[int], tokens: int = 12) -> bool:
-        """Whether the answer is what a plain PeftModel with the named revision generates."""
+        """True if the answer is what a plain PeftModel with the named revision generates."""
         return step.token_ids == self.world.expected(step.revision, ids, tokens)
 
 
@@ -133,6 +137,23 @@ def assert_near(some: Sequence[TokenLogprobs], others: Sequence[TokenLogprobs]) 
     for one, other in zip(some, others, strict=True):
         assert one.chosen == pytest.approx(other.chosen, abs=1e-3)
         assert [token for token, _ in one.top] == [token for token, _ in other.top]
+
+
+async def nothing_is_left(running: Running) -> None:
+    """Every request is out of the engine and of its schedulers, and the engine works."""
+    engine = running.engine
+    assert engine.alive
+    await until(lambda: engine.admission.running == 0, "requests are still running")
+    assert not engine.revisions.running
+    assert not any(lane.running for lane in engine.lanes())
+    assert engine.weight_lock.revisions == set(engine.serves), "an unused image is in memory"
+    for manager in engine.managers:
+        scheduler = manager.scheduler
+        await until(
+            lambda scheduler=scheduler: not scheduler.has_pending_requests(),  # type: ignore[misc]
+            "the scheduler still has requests",
+        )
+        assert scheduler.only is None
 
 
 async def all_steps(running: Running, *args: Any, **how: Any) -> list[Said]:

@@ -1,12 +1,13 @@
-"""Whole layers are compiled around attention, where that can be, and answers are exact.
+"""Whole layers are compiled around opaque attention, and answers stay exact.
 
-What attention.py uses of transformers has a test here that fails with a sentence when it changes.
+Transformers' own parts of this are tested in test_transformers_internals.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hotswap_lib import Envelope, pack, prepare
 from serve_app.engine.attention import make_opaque, paged_attention
@@ -38,7 +38,7 @@ SIZES: dict[str, Any] = {
 }
 SLIDING = {"sliding_window": 16}
 MIXED = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
-NOT_GROUPED = {"num_key_value_heads": 4}  # the paged cache asks for it, whoever knows it or not
+NOT_GROUPED = {"num_key_value_heads": 4}  # the paged cache reads it from any config
 
 # architecture → what its config has beside SIZES
 WHOLE: dict[str, dict[str, Any]] = {
@@ -82,7 +82,18 @@ def plain(model: Any, ids: list[int]) -> list[int]:
     return list(out[0, len(ids) :].tolist())
 
 
-@pytest.mark.parametrize("name", sorted(WHOLE))
+# one with grouped queries, one with two kinds of masks, one with learned positions; the others
+# differ from these in their blocks, not in their attention
+IN_SHORT = {"Qwen3", "Gemma3", "OPT"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in IN_SHORT else pytest.mark.slow)
+        for name in sorted(WHOLE)
+    ],
+)
 def test_every_layer_of_it_is_compiled_once_and_answers_are_those_of_a_plain_model(
     world: TinyWorld, tmp_path: Path, name: str
 ) -> None:
@@ -93,7 +104,7 @@ def test_every_layer_of_it_is_compiled_once_and_answers_are_those_of_a_plain_mod
     slot = prepare(base(name), envelope=Envelope(max_rank=4))
     images = {"one": pack(tmp_path, slot.layout)}
     expected = PeftModel.from_pretrained(base(name), str(tmp_path)).eval()
-    # what dynamo makes of it is asked here, not how inductor rounds
+    # graphs are captured but not lowered: rounding in inductor is not tested here
     with torch.compiler.set_stance(force_backend="eager"):
         running = Running(world, images, slot=slot, compile=True, lanes=1)
         try:
@@ -124,52 +135,22 @@ def test_a_model_without_numbered_layers_or_a_choice_of_attention_stays_as_it_is
         _supports_attention_backend = True
 
     assert not make_opaque(Plain())
-    model = llama()
+    model, ids = llama(), torch.tensor([[3, 1, 4]])
+    expected = model(input_ids=ids).logits
     model._supports_attention_backend = False
     assert not make_opaque(model)
-    assert not model._forward_pre_hooks
+    assert torch.equal(model(input_ids=ids).logits, expected)
 
 
-def test_only_the_layers_get_another_attention_not_the_model() -> None:
-    model = llama()
-    before = model.config._attn_implementation
+def test_an_opaque_model_computes_what_it_did_and_is_collected_when_it_is_gone() -> None:
+    model, ids = llama(), torch.tensor([[3, 1, 4]])
+    expected = model(input_ids=ids).logits
     assert make_opaque(model)
-    assert model.config._attn_implementation == before
-    names = {m.config._attn_implementation for m in model.modules() if hasattr(m, "layer_idx")}
-    assert names == {"hotswap_paged"}
-
-
-# ---- canaries: what attention.py relies on and nobody promised ----------------------------------
-
-
-def test_transformers_still_takes_attention_functions_by_name() -> None:
-    assert "hotswap_paged" in ALL_ATTENTION_FUNCTIONS, "AttentionInterface.register is another"
-    for name in ("sdpa_paged", "paged|sdpa", "sdpa"):
-        if name in ALL_ATTENTION_FUNCTIONS:
-            break
-    else:
-        pytest.fail("there is no sdpa attention to hand the work to")
-
-
-@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3"])
-def test_transformers_still_says_that_attention_can_be_chosen(name: str) -> None:
-    found = getattr(transformers, f"{name}ForCausalLM")
-    assert found._supports_attention_backend, f"{name}: _supports_attention_backend is gone"
-
-
-def test_transformers_still_numbers_the_layers_and_gives_them_their_config() -> None:
-    layers = [m for m in llama().modules() if hasattr(m, "layer_idx")]
-    assert [layer.layer_idx for layer in layers] == [0, 1], "layer_idx means something else now"
-    assert all(hasattr(layer, "config") for layer in layers), "a layer has no config any more"
-
-
-def test_transformers_still_calls_attention_with_what_the_operation_takes() -> None:
-    source = inspect.getsource(type(llama().model.layers[0].self_attn).forward)
-    assert "attention_interface(" in source, "a layer asks for its attention in another way"
-    assert "scaling=" in source, "attention gets its scaling in another way"
-    taken = set(inspect.signature(ALL_ATTENTION_FUNCTIONS["sdpa"]).parameters)
-    wanted = {"module", "query", "key", "value", "attention_mask", "scaling"}
-    assert wanted <= taken, f"sdpa takes other arguments: {taken}"
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None, "the registry of layers keeps a model alive"
 
 
 def test_the_operation_tells_dynamo_the_shape_that_it_returns() -> None:

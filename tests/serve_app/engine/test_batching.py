@@ -1,4 +1,4 @@
-"""Who runs together, on which revision, and what one failure or cancellation does to the others."""
+"""Batches: their requests, their revision, and isolation of a failing or cancelled request."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FAULTS: dict[str, BaseException] = {
 
 
 class Shouts(BatchEngine[Word]):
-    """GenerationServing a word in capitals, and with the adapter in the weights. `open`: it may go on."""
+    """Returns each word in capitals, and the revision in the weights. `open`: batches may run."""
 
     def __init__(self, slot: Slot, settings: Settings) -> None:
         super().__init__(slot, settings)
@@ -47,14 +47,10 @@ class Shouts(BatchEngine[Word]):
         self.batches: list[list[str]] = []
 
     async def shout(self, word: str, pin: str | None = None) -> tuple[str, str, str]:
-        """The shout, the revision in the weights meanwhile, and the one that was promised."""
+        """The shout, the revision in the weights meanwhile, and the revision of the ticket."""
         async with self.admit(pin) as ticket:
             said, ran_on = await self._result(ticket, Word(ticket.revision, word))
             return said, ran_on, str(ticket.revision)
-
-    @property
-    def waiting(self) -> int:
-        return len(self._line)
 
     def _run(self, jobs: Sequence[Word]) -> list[Any]:
         self.batches.append([job.word for job in jobs])
@@ -89,10 +85,12 @@ async def busy(engine: Shouts) -> asyncio.Task[tuple[str, str, str]]:
     return task
 
 
-# ---- who runs together --------------------------------------------------------------------------
+# ---- batches --------------------------------------------------------------------------
 
 
-def test_who_asks_at_once_runs_together_as_soon_as_the_batch_is_full(models: Models) -> None:
+def test_requests_at_the_same_time_run_together_as_soon_as_the_batch_is_full(
+    models: Models,
+) -> None:
     settings = Settings(max_batch_size=4, batch_wait_s=60)
     with running(Shouts(models.slot(), settings), models) as started:
         engine = started.engine
@@ -104,7 +102,7 @@ def test_who_asks_at_once_runs_together_as_soon_as_the_batch_is_full(models: Mod
         assert engine.batches == [["a", "b", "c", "d"]]
 
 
-def test_what_comes_while_the_model_is_busy_leaves_in_the_largest_batches(
+def test_requests_that_arrive_while_the_model_is_busy_run_in_the_largest_batches(
     shouts: Running[Shouts],
 ) -> None:
     engine = shouts.engine
@@ -113,7 +111,7 @@ def test_what_comes_while_the_model_is_busy_leaves_in_the_largest_batches(
         tasks = [await busy(engine)]
         for count, word in enumerate("abcdef", start=1):  # one by one: six windows of one
             tasks.append(asyncio.create_task(engine.shout(word)))
-            await until(lambda count=count: engine.waiting == count)  # type: ignore[misc]
+            await until(lambda count=count: engine.queued == count)  # type: ignore[misc]
         engine.open.set()
         await asyncio.gather(*tasks)
 
@@ -134,11 +132,11 @@ def test_every_batch_runs_on_the_one_revision_of_its_requests(shouts: Running[Sh
 
     async def story() -> list[tuple[str, str, str]]:
         await shouts.swap("red")
-        await engine.hold(shouts.staged("blue"))
+        await engine.add(shouts.staged("blue"))
         task = await busy(engine)
         pins = [None, "blue", None, "red", "blue", None]
         tasks = [asyncio.create_task(engine.shout(f"w{i}", pin)) for i, pin in enumerate(pins)]
-        await until(lambda: engine.waiting == len(pins))
+        await until(lambda: engine.queued == len(pins))
         engine.open.set()
         return await asyncio.gather(task, *tasks)
 
@@ -159,10 +157,10 @@ def test_requests_finish_on_their_revision_while_new_ones_overlap_on_another(
         old = await shouts.swap("red")
         first = await busy(engine)
         second = asyncio.create_task(engine.shout("second"))
-        await until(lambda: engine.waiting == 1)
+        await until(lambda: engine.queued == 1)
         swap = asyncio.create_task(shouts.swap("blue"))
         await settled()
-        engine.open.set()  # the swap has its turn before the second batch
+        engine.open.set()  # the swap gets the weight lock before the second batch
         new = await swap
         third = await engine.shout("third")
         assert [(await first)[1], (await second)[1], third[1]] == [old, old, new]
@@ -173,7 +171,7 @@ def test_requests_finish_on_their_revision_while_new_ones_overlap_on_another(
     shouts(story())
 
 
-def test_a_drain_waits_for_everybody_and_gives_up_in_time(shouts: Running[Shouts]) -> None:
+def test_a_drain_waits_for_all_requests_and_gives_up_in_time(shouts: Running[Shouts]) -> None:
     engine = shouts.engine
 
     async def story() -> None:
@@ -222,7 +220,7 @@ def test_a_request_that_makes_the_model_raise_fails_alone(shouts: Running[Shouts
 
 
 @pytest.mark.parametrize("word", ["fatal", "lost"])
-def test_after_the_end_of_the_thread_or_the_device_everybody_is_told(
+def test_when_the_thread_or_the_device_is_lost_every_request_fails(
     shouts: Running[Shouts], word: str
 ) -> None:
     engine = shouts.engine
@@ -230,7 +228,7 @@ def test_after_the_end_of_the_thread_or_the_device_everybody_is_told(
     async def story() -> None:
         task = await busy(engine)
         tasks = [asyncio.create_task(engine.shout(each)) for each in (word, *"abcd")]
-        await until(lambda: engine.waiting == 5)
+        await until(lambda: engine.queued == 5)
         engine.open.set()
         assert (await task)[0] == "BUSY"
         for one in await asyncio.gather(*tasks, return_exceptions=True):
@@ -243,13 +241,13 @@ def test_after_the_end_of_the_thread_or_the_device_everybody_is_told(
     shouts(story())
 
 
-def test_a_stopped_engine_tells_those_who_wait(shouts: Running[Shouts]) -> None:
+def test_requests_that_wait_for_a_stopped_engine_fail(shouts: Running[Shouts]) -> None:
     engine = shouts.engine
 
     async def story() -> None:
         task = await busy(engine)
         waiting = asyncio.create_task(engine.shout("waiting"))
-        await until(lambda: engine.waiting == 1)
+        await until(lambda: engine.queued == 1)
         stopping = asyncio.create_task(asyncio.to_thread(engine.stop))
         await until(lambda: not engine.alive)
         engine.open.set()
@@ -264,13 +262,13 @@ def test_a_stopped_engine_tells_those_who_wait(shouts: Running[Shouts]) -> None:
 # ---- cancellation -------------------------------------------------------------------------------
 
 
-def test_a_request_cancelled_in_line_is_never_run(shouts: Running[Shouts]) -> None:
+def test_a_request_cancelled_in_the_queue_is_never_run(shouts: Running[Shouts]) -> None:
     engine = shouts.engine
 
     async def story() -> None:
         task = await busy(engine)
         gone, kept = (asyncio.create_task(engine.shout(word)) for word in ("gone", "kept"))
-        await until(lambda: engine.waiting == 2)
+        await until(lambda: engine.queued == 2)
         gone.cancel()
         await until(lambda: gone.done())
         assert engine.admission.running == 2
@@ -281,7 +279,7 @@ def test_a_request_cancelled_in_line_is_never_run(shouts: Running[Shouts]) -> No
     assert engine.batches == [["busy"], ["kept"]]
 
 
-def test_a_request_cancelled_in_the_waiting_room_is_never_run(models: Models) -> None:
+def test_a_request_cancelled_before_the_queue_is_never_run(models: Models) -> None:
     settings = Settings(max_batch_size=2, batch_wait_s=60)
     with running(Shouts(models.slot(), settings), models) as started:
         engine = started.engine
@@ -298,7 +296,7 @@ def test_a_request_cancelled_in_the_waiting_room_is_never_run(models: Models) ->
         assert engine.batches == [["kept"]]
 
 
-def test_a_request_cancelled_while_it_runs_is_inside_until_the_model_is_done(
+def test_a_request_cancelled_while_it_runs_counts_until_the_model_is_done(
     shouts: Running[Shouts],
 ) -> None:
     engine = shouts.engine

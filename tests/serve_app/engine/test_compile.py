@@ -1,4 +1,4 @@
-"""What is compiled: everything inside the layers that does not know which layer it is."""
+"""Compiled regions: everything inside the layers that does not depend on the layer's number."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_every_projection_of_a_llama_is_in_a_region() -> None:
 
 def test_every_adapter_matrix_of_a_prepared_model_is_in_a_region() -> None:
     slot = prepare(llama(), envelope=Envelope(max_rank=4))
-    model = slot.model.base_model.model
+    model = slot.model.get_base_model()
     inside = {id(p) for region in find_regions(model) for p in region.parameters()}
     lora = [p for name, p in model.named_parameters() if "lora_" in name]
     assert len(lora) == 28
@@ -91,8 +91,8 @@ def test_the_model_computes_what_it_did(make: Callable[[], nn.Module]) -> None:
     ids = torch.arange(2, 14)[None]
     with torch.no_grad():
         before = model(ids, use_cache=False).logits
-        # the graphs are captured and run as they are: how inductor rounds is not asked here
+        # graphs are captured but not lowered: rounding in inductor is not tested here
         with torch.compiler.set_stance(force_backend="eager"):
             assert compile_regions(model) == len(list(find_regions(model)))
             after = model(ids, use_cache=False).logits
-    torch.testing.assert_close(after, before)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)

@@ -1,33 +1,24 @@
-"""One lane: requests that make the model fail, caches too small for all, and transformers' insides.
+"""One lane: requests that make the model fail, and caches too small for all requests.
 
-Each private thing that `serve_app.engine.continuous_batching` uses has a test here that fails with its name when
-transformers changes. What the lanes together do is in test_causal.py.
+Several lanes are in test_engine.py, transformers' own parts in test_transformers_internals.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import pytest
 import torch
-from transformers.generation.continuous_batching.continuous_api import (
-    ContinuousBatchingManager,
-    ContinuousBatchProcessor,
-)
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
-from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 from hotswap_lib import AdapterImage
-from serve_app.engine.continuous_batching import LaneScheduler
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.wire.errors import EngineStopped, GenerationFailed
 from tests.e2e.tiny_world import TinyWorld
-from tests.serve_app.fakes import settled, until
+from tests.serve_app.fakes import NEVER_S, settled, until
 from tests.serve_app.generating import (
     GREEDY,
     LONG,
@@ -36,18 +27,19 @@ from tests.serve_app.generating import (
     Said,
     all_steps,
     assert_near,
+    nothing_is_left,
     started,
 )
 
 
 @pytest.fixture(scope="module")
 def eager(world: TinyWorld, images: dict[str, AdapterImage]) -> Iterator[Running]:
-    yield from started(world, images)
+    yield from started(world, images, lanes=1)
 
 
 @pytest.fixture
 def fresh(world: TinyWorld, images: dict[str, AdapterImage]) -> Iterator[Running]:
-    yield from started(world, images, drain_timeout_s=0.05)
+    yield from started(world, images, lanes=1)
 
 
 # ---- a request that makes the model fail --------------------------------------------------------
@@ -61,7 +53,7 @@ class Poison:
     def __init__(self, running: Running, patch: pytest.MonkeyPatch) -> None:
         self.always = False
         self.failed: list[int] = []  # how many tokens were in the batch
-        embedding = running.slot.model.base_model.model.get_input_embeddings()
+        embedding = running.slot.model.get_base_model().get_input_embeddings()
         forward = embedding.forward
 
         def fails(ids: torch.Tensor) -> Any:
@@ -78,8 +70,24 @@ def poison(fresh: Running, monkeypatch: pytest.MonkeyPatch) -> Poison:
     return Poison(fresh, monkeypatch)
 
 
+def search_held(
+    running: Running, patch: pytest.MonkeyPatch
+) -> tuple[threading.Event, threading.Event]:
+    """Holds the search for a bad request; the events: it has begun, and it may go on."""
+    searching, go = threading.Event(), threading.Event()
+    restart_all = running.manager.scheduler.restart_all
+
+    def held() -> None:
+        restart_all()
+        searching.set()
+        assert go.wait(NEVER_S)
+
+    patch.setattr(running.manager.scheduler, "restart_all", held)
+    return searching, go
+
+
 async def at_once(running: Running, *stories: Coroutine[Any, Any, Any]) -> list[Any]:
-    """Everything in the same step, in this order; what was answered or raised."""
+    """All in the same step, in this order. Answers and exceptions."""
     with running.manager.pause():
         tasks = [asyncio.create_task(story) for story in stories]
         await settled()
@@ -93,7 +101,7 @@ def test_only_the_request_that_makes_the_model_fail_fails(
     async def story() -> None:
         await fresh.swap("alpha")
         running = asyncio.create_task(all_steps(fresh, SHORT, 60, stream=True))
-        await until(lambda: bool(fresh.manager.batch_processor.scheduler.active_requests))
+        await until(lambda: bool(fresh.manager.scheduler.active_requests))
         prompts = [SHORT, LONG, [9], [9, 8]]
         prompts.insert(place, [*SHORT, BAD])
         answers = await at_once(fresh, *(fresh.answer(ids, 20) for ids in prompts))
@@ -129,7 +137,7 @@ def test_a_bad_token_in_a_later_part_of_a_long_prompt_fails_alone_too(
     fresh(story())
 
 
-def test_those_who_survive_draw_the_tokens_and_logprobs_that_they_would_have_drawn(
+def test_the_other_requests_get_the_tokens_and_logprobs_that_they_would_have_got(
     fresh: Running, poison: Poison
 ) -> None:
     samplings = [
@@ -146,7 +154,7 @@ def test_those_who_survive_draw_the_tokens_and_logprobs_that_they_would_have_dra
             for one in samplings
         ]
         manager = fresh.manager
-        await until(lambda: len(manager.batch_processor.scheduler.active_requests) == 3)
+        await until(lambda: len(manager.scheduler.active_requests) == 3)
         with pytest.raises(GenerationFailed, match="poison"):
             await fresh.answer([BAD])
         for before, steps in zip(undisturbed, await asyncio.gather(*tasks), strict=True):
@@ -159,22 +167,15 @@ def test_those_who_survive_draw_the_tokens_and_logprobs_that_they_would_have_dra
     fresh(story())
 
 
-def test_somebody_who_goes_away_or_comes_while_the_bad_one_is_looked_for_is_served(
+def test_requests_can_leave_and_arrive_while_the_bad_one_is_searched_for(
     fresh: Running, poison: Poison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the steps of the search: one request is cancelled, another one arrives."""
     manager = fresh.manager
-    searching, go = threading.Event(), threading.Event()
-    has_no_token = manager._has_no_token
-
-    def held(*args: Any) -> bool:
-        searching.set()
-        assert go.wait(10)
-        return has_no_token(*args)
 
     async def story() -> None:
         await fresh.swap("alpha")
-        monkeypatch.setattr(manager, "_has_no_token", held)
+        searching, go = search_held(fresh, monkeypatch)
         with manager.pause():
             gone = asyncio.create_task(fresh.answer(SHORT, 100))
             bad = asyncio.create_task(fresh.answer([BAD], 20))
@@ -198,20 +199,13 @@ def test_somebody_who_goes_away_or_comes_while_the_bad_one_is_looked_for_is_serv
     fresh(story())
 
 
-def test_the_engine_can_be_stopped_while_a_bad_request_is_looked_for(
+def test_the_engine_can_be_stopped_while_a_bad_request_is_searched_for(
     fresh: Running, poison: Poison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = fresh.manager
-    searching, go = threading.Event(), threading.Event()
-    has_no_token = manager._has_no_token
-
-    def held(*args: Any) -> bool:
-        searching.set()
-        assert go.wait(10)
-        return has_no_token(*args)
 
     async def story() -> None:
-        monkeypatch.setattr(manager, "_has_no_token", held)
+        searching, go = search_held(fresh, monkeypatch)
         with manager.pause():
             tasks = [asyncio.create_task(fresh.answer(ids, 20)) for ids in (SHORT, [BAD], LONG)]
             await settled()
@@ -229,7 +223,7 @@ def test_the_engine_can_be_stopped_while_a_bad_request_is_looked_for(
     fresh(story())
 
 
-def test_bad_requests_and_nothing_else_do_not_stop_an_engine_whose_model_works(
+def test_bad_requests_alone_do_not_stop_an_engine_whose_model_works(
     fresh: Running, poison: Poison
 ) -> None:
     async def story() -> None:
@@ -245,7 +239,7 @@ def test_bad_requests_and_nothing_else_do_not_stop_an_engine_whose_model_works(
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_an_engine_whose_every_step_fails_stops_and_nobody_waits_for_it(
+def test_an_engine_whose_every_step_fails_stops_and_all_its_requests_end(
     fresh: Running, poison: Poison, together: bool
 ) -> None:
     poison.always = True
@@ -264,16 +258,6 @@ def test_an_engine_whose_every_step_fails_stops_and_nobody_waits_for_it(
         await until(lambda: fresh.engine.admission.running == 0)
 
     fresh(story())
-
-
-async def nothing_is_left(running: Running) -> None:
-    assert running.engine.alive
-    await until(lambda: running.engine.admission.running == 0)
-    for manager in running.engine._managers:
-        scheduler = manager.batch_processor.scheduler
-        await until(lambda scheduler=scheduler: not scheduler.has_pending_requests())  # type: ignore[misc]
-        assert (scheduler.only, manager._notes) == (None, {})
-        assert not scheduler.waiting_requests_order
 
 
 # ---- a cache that is too small for all ----------------------------------------------------------
@@ -322,14 +306,14 @@ def test_requests_that_do_not_all_fit_into_the_cache_finish_exactly(
     small(story())
 
 
-def test_whoever_waits_for_a_full_cache_gets_in_when_the_others_went_away(
+def test_a_request_that_waits_for_a_full_cache_runs_when_the_others_are_cancelled(
     small: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resets = soft_resets(small, monkeypatch)
 
     async def story() -> None:
         await small.swap("alpha")
-        scheduler = small.manager.batch_processor.scheduler
+        scheduler = small.manager.scheduler
         tasks = [asyncio.create_task(small.answer(ids, 200)) for ids in (SHORT, [9])]
         await until(lambda: scheduler.block_new_requests)
         with small.manager.pause():
@@ -367,7 +351,7 @@ def test_a_bad_request_in_a_full_cache_fails_alone(
     small(story())
 
 
-def test_a_request_that_is_larger_than_the_cache_fails_and_nobody_else_does(
+def test_a_request_that_is_larger_than_the_cache_fails_alone(
     small: Running,
 ) -> None:
     async def story() -> None:
@@ -386,7 +370,7 @@ def test_a_request_that_is_larger_than_the_cache_fails_and_nobody_else_does(
 
 
 async def first_tokens(running: Running, ids: list[int], tokens: int, *, stream: bool) -> set[Any]:
-    """What the steps of a request say about when its first token was there."""
+    """The first-token times that the outputs of a request give."""
     async with running.engine.admit() as ticket:
         steps = ticket.generate(ids, max_tokens=tokens, sampling=GREEDY, stream=stream)
         return {step.first_at async for step in steps}
@@ -429,7 +413,13 @@ def test_a_request_that_starts_over_beside_a_bad_one_had_its_first_token_before(
             asyncio.create_task(first_tokens(fresh, SHORT, 300, stream=stream))
             for stream in (False, True)
         ]
-        await until(lambda: [n.first_at is not None for n in notes(fresh)] == [True, True])
+        scheduler = fresh.manager.scheduler
+        await until(
+            lambda: (
+                [s.generated_len() > 0 for s in [*scheduler.active_requests.values()]]
+                == [True, True]
+            )
+        )
         known = time.perf_counter()
         with pytest.raises(GenerationFailed):
             await fresh.answer([BAD])
@@ -442,129 +432,21 @@ def test_a_request_that_starts_over_beside_a_bad_one_had_its_first_token_before(
     fresh(story())
 
 
-def notes(running: Running) -> list[Any]:
-    return list(running.manager._notes.values())
-
-
 def test_a_prompt_that_is_read_in_parts_has_no_first_token_before_its_last_part(
     eager: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = eager.manager
-    step, ended = manager._generation_step, list[float]()
+    step, began = manager.run_step, list[float]()
 
     def timed() -> None:
-        ended.append(time.perf_counter())
+        began.append(time.perf_counter())
         step()
 
     async def story() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(manager, "_generation_step", timed)
+            patch.setattr(manager, "run_step", timed)
             [first] = await first_tokens(eager, (LONG * 5)[:600], 1, stream=False)
-        assert len(ended) > 1
-        assert first > ended[-1]
+        assert len(began) > 1
+        assert first > began[-1]
 
     eager(story())
-
-
-# ---- what transformers has, and did not promise -------------------------------------------------
-
-
-def parameters(function: Callable[..., Any]) -> set[str]:
-    return set(inspect.signature(function).parameters)
-
-
-def test_transformers_still_has_the_managers_calls_that_the_engine_makes(eager: Running) -> None:
-    manager = eager.manager
-    wanted = {"request_id", "max_new_tokens", "streaming"}
-    assert wanted <= parameters(manager.add_request), "add_request takes other arguments now"
-    assert "hard_stop" in parameters(manager.stop), "stop(hard_stop=) is gone"
-    for name in ("warmup", "start", "is_running", "cancel_request", "register_result_handler"):
-        assert callable(getattr(manager, name, None)), f"the manager has no {name}() any more"
-    assert hasattr(manager.background_thread_status, "fatal_error"), "no background_thread_status"
-
-
-def test_transformers_still_pauses_between_two_steps(eager: Running) -> None:
-    with eager.manager.pause():
-        assert not eager.manager.batch_processor.scheduler.active_requests
-    assert eager(eager.answer(SHORT)).finished, "the engine did not go on after a pause()"
-
-
-def test_transformers_still_lets_the_prefix_cache_be_emptied(eager: Running) -> None:
-    processor = eager.manager.batch_processor
-    assert processor is not None, "manager.batch_processor is gone"
-    assert callable(getattr(processor.cache, "reset", None)), "cache.reset() is gone"
-
-
-def test_transformers_still_says_when_a_cancelled_request_is_out(eager: Running) -> None:
-    scheduler = eager.manager.batch_processor.scheduler
-    assert isinstance(scheduler.active_requests, dict), "scheduler.active_requests is no dict"
-    assert parameters(scheduler.request_is_cancelled) == {"request_id"}
-    assert scheduler.request_is_cancelled("nobody"), "it asks another question now"
-
-
-def test_transformers_still_keeps_result_handlers_under_a_lock(eager: Running) -> None:
-    router = eager.manager.output_router
-    with router._lock:
-        assert isinstance(router.result_handlers, dict), "output_router.result_handlers moved"
-    assert router.result_handlers == {}, "a request that ended left its handler behind"
-
-
-def test_transformers_still_takes_a_ready_made_list_of_processors(eager: Running) -> None:
-    processors = eager.manager.logit_processor
-    assert hasattr(processors, "tensors_required"), "logit_processor.tensors_required is gone"
-    wanted = {"check_kwargs", "fill_defaults", "prepare_tensor_args", "__call__"}
-    base = type(processors).__mro__[1]
-    for name in wanted:
-        assert callable(getattr(base, name, None)), f"the list of processors has no {name}() now"
-
-
-def test_transformers_still_answers_with_tokens_error_and_end() -> None:
-    fields = set(GenerationOutput.__dataclass_fields__)
-    assert {"generated_tokens", "error"} <= fields, "GenerationOutput has other fields now"
-    assert callable(getattr(GenerationOutput, "is_finished", None))
-
-
-def test_transformers_still_takes_a_scheduler_by_name_and_lets_it_choose(eager: Running) -> None:
-    scheduler = eager.manager.batch_processor.scheduler
-    assert isinstance(scheduler, LaneScheduler), "SCHEDULER_MAPPING is not asked any more"
-    base = FIFOScheduler
-    assert "candidates" in parameters(base._process_candidates), "_process_candidates changed"
-    assert parameters(base.schedule_batch) == {"self", "token_budget", "cache_budget"}
-    assert isinstance(scheduler.block_new_requests, bool), "block_new_requests is gone"
-    for name in ("finish_request", "add_waiting_request"):
-        assert callable(getattr(base, name, None)), f"the scheduler has no {name}() any more"
-    assert isinstance(scheduler.waiting_requests, dict), "scheduler.waiting_requests is no dict"
-
-
-def test_transformers_still_runs_its_steps_through_the_methods_that_are_overridden() -> None:
-    loop = inspect.getsource(ContinuousBatchingManager._run_generation_loop)
-    body = inspect.getsource(ContinuousBatchingManager._generation_loop_body)
-    assert "self._generation_loop_body(" in loop, "the loop has another body"
-    assert "self._generation_step()" in body, "a step runs in another way"
-    assert parameters(ContinuousBatchingManager._generation_loop_body) == {
-        "self",
-        "batch_processor",
-        "bootstrapping",
-    }
-    assert "_handle_request_error" in dir(ContinuousBatchProcessor), "_handle_request_error is gone"
-
-
-def test_transformers_still_knows_who_was_in_the_last_batch(eager: Running) -> None:
-    eager(eager.answer(SHORT))
-    [future] = eager.manager.batch_processor.inputs_and_outputs.requests_in_batch
-    assert hasattr(future, "has_new_token"), "a request in a batch does not say if it has a token"
-    assert isinstance(future.state, RequestState), "requests_in_batch holds something else"
-
-
-def test_transformers_still_starts_a_request_over_with_its_tokens_in_the_prompt() -> None:
-    state = RequestState("one", [1, 2, 3], max_new_tokens=10, generated_tokens=[4, 5])
-    again = state.create_equivalent_initial_request()
-    assert (again.request_id, again.initial_tokens) == ("one", [1, 2, 3, 4, 5])
-    assert (again.generated_len(), again.max_new_tokens) == (0, 8)
-    assert again.to_generation_output().generated_tokens == [4, 5], "it forgot what it had said"
-
-
-def test_transformers_still_queues_requests_with_their_ids(eager: Running) -> None:
-    manager = eager.manager
-    assert hasattr(manager.input_queue, "mutex"), "input_queue is no queue.Queue any more"
-    assert manager.cancel_queue.empty()

@@ -1,4 +1,4 @@
-"""Embeddings and classes: as of plain PEFT models, whatever runs beside them; nothing compiles."""
+"""Embeddings and classes: those of plain PEFT models, in any batch, and nothing recompiles."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.batching import Models, Running, running, texts
 
 VOCABULARY = 300
+NEAR = {"rtol": 1e-5, "atol": 1e-5}
 LENGTHS = (1, 2, 5, 8, 9, 16, 17, 31, 40, 64, 3, 7)
 BERT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -124,9 +125,7 @@ def test_probabilities_are_those_of_a_plain_peft_model_with_the_same_head(
         classes(classes.swap(name))
         said, found = classes(rows(classes.engine, inputs))
         assert said == name
-        torch.testing.assert_close(
-            found, plain_classes(classifier, name, inputs), rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(found, plain_classes(classifier, name, inputs), **NEAR)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
@@ -136,7 +135,7 @@ def test_embeddings_are_those_of_a_plain_peft_model(encoder: Models, pooling: Po
         started(started.swap("blue"))
         _, found = started(rows(started.engine, inputs))
     expected = plain_vectors(encoder, "blue", inputs, pooling)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected, **NEAR)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -148,11 +147,13 @@ def test_embeddings_have_length_one_unless_the_settings_say_otherwise(
     assert (abs(float(found.norm()) - 1) < 1e-5) is normalize
 
 
-def test_what_runs_beside_a_text_does_not_change_its_row(vectors: Running[EncoderEngine]) -> None:
+def test_the_rest_of_a_batch_does_not_change_the_row_of_a_text(
+    vectors: Running[EncoderEngine],
+) -> None:
     inputs = texts(VOCABULARY, 3, 64, 9, 40)
     _, together = vectors(rows(vectors.engine, inputs))
     alone = torch.cat([vectors(rows(vectors.engine, [ids]))[1] for ids in inputs])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(together, alone, **NEAR)
 
 
 def test_decoders_classify_by_their_last_token_and_embed_by_it(folder: Any) -> None:
@@ -164,14 +165,14 @@ def test_decoders_classify_by_their_last_token_and_embed_by_it(folder: Any) -> N
         started(started.swap("red"))
         _, found = started(rows(started.engine, inputs))
     expected = plain_classes(models, "red", inputs)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected, **NEAR)
 
     models = Models(LlamaModel(LlamaConfig(**LLAMA)), folder / "llama")
     with running(made(models, "last"), models) as started:
         started(started.swap("red"))
         _, found = started(rows(started.engine, inputs))
     expected = plain_vectors(models, "red", inputs, "last")
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected, **NEAR)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_logits_become_what_the_problem_is(
         _, found = started(rows(started.engine, inputs))
     with torch.no_grad():
         logits = models.plain("base")(torch.tensor([ids])).logits
-    torch.testing.assert_close(found, expected(logits), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected(logits), **NEAR)
 
 
 def test_pooling_sees_no_padding() -> None:
@@ -222,10 +223,10 @@ def test_interleaved_revisions_under_load_are_each_exact(encoder: Models, in_fli
                 name, found = await rows(engine, inputs, pin)
                 assert pin in (None, name)
                 seen.add(name)
-                torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-5)
+                torch.testing.assert_close(found, expected[name], **NEAR)
 
         async def story() -> None:
-            await engine.hold(started.staged("blue"))
+            await engine.add(started.staged("blue"))
             asking = [asyncio.create_task(ask(pin)) for pin in (None, "blue", None)]
             await asyncio.sleep(0)
             await engine.cut_over(started.staged("red"), in_flight=in_flight)
@@ -260,7 +261,7 @@ def test_nothing_compiles_after_warm_up_whatever_shapes_and_revisions_come(
                 ):
                     _, found = await rows(engine, some)
                     expected = plain_vectors(encoder, name, some, "mean")
-                    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+                    torch.testing.assert_close(found, expected, **NEAR)
 
         started(story())
         assert (engine.guard.recompiles, engine.guard.limit_hits) == (0, 0)
@@ -289,10 +290,8 @@ def test_embeddings_of_texts_and_token_lists_come_in_their_order(
     same = vectors(answers(vectors.engine, tokenizer).embeddings({"input": ids}))
     found = torch.tensor([each["embedding"] for each in document["data"]])
     expected = plain_vectors(encoder, "red", [ids], "mean")
-    torch.testing.assert_close(found[:1], expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        torch.tensor([same["data"][0]["embedding"]]), expected, rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(found[:1], expected, **NEAR)
+    torch.testing.assert_close(torch.tensor([same["data"][0]["embedding"]]), expected, **NEAR)
     assert document["system_fingerprint"] == str(vectors.engine.default)
     assert document["usage"]["prompt_tokens"] == len("hello") + len("a much longer text")
     assert document["model"] == "tiny"
@@ -327,7 +326,7 @@ def test_what_the_model_cannot_read_is_refused_before_it_is_asked(
     assert vectors.engine.admission.running == 0
 
 
-def test_one_text_that_fails_ends_the_request_and_nobody_stays_inside(
+def test_one_text_that_fails_ends_the_request_and_nothing_keeps_running(
     vectors: Running[EncoderEngine], tokenizer: Any
 ) -> None:
     from serve_app.wire.errors import GenerationFailed
@@ -347,7 +346,7 @@ def test_an_encoder_of_several_kinds_of_layers_compiles_completely(folder: Any) 
     config = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_heads=2)
     models = Models(T5EncoderModel(config), folder / "t5")
     inputs = texts(VOCABULARY, *LENGTHS)
-    # the graphs are what is counted here; their code would take a minute
+    # graphs are captured but not lowered, which would take a minute
     stance = torch.compiler.set_stance("default", force_backend="eager")
     with stance, running(made(models, "mean", compile=True), models) as started:
         engine = started.engine
@@ -360,4 +359,4 @@ def test_an_encoder_of_several_kinds_of_layers_compiles_completely(folder: Any) 
         found = started(story())
         assert (engine.guard.recompiles, engine.guard.limit_hits) == (0, 0)
     expected = plain_vectors(models, "red", inputs, "mean")
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected, **NEAR)

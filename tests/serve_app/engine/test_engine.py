@@ -1,4 +1,4 @@
-"""What the engine promises about revisions, on a real model: who runs on which, until when.
+"""Revisions of an engine on a real model: each request runs on one, from admission to its end.
 
 Every answer here is compared with that of a plain PeftModel of the revision that it names.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from hotswap_lib import AdapterImage, Revision
+from hotswap_lib import AdapterImage
 from hotswap_lib.errors import VerifyFailed
 from serve_app.engine.steps import GenerationOutput
 from serve_app.rollout.plan import InFlight
@@ -30,26 +30,22 @@ from serve_app.wire.errors import (
 )
 from serve_app.wire.request_stats import PROBE, RequestStats
 from tests.e2e.tiny_world import TinyWorld
-from tests.serve_app.fakes import settled, until
-from tests.serve_app.generating import GREEDY, LONG, SHORT, Running, Said, started
+from tests.serve_app.fakes import NEVER_S, settled, until
+from tests.serve_app.generating import GREEDY, LONG, SHORT, Running, Said, nothing_is_left, started
 
 BOTH = pytest.mark.parametrize("in_flight", ["drain", "overlap"])
 
 
 @pytest.fixture(scope="module")
 def two(world: TinyWorld, images: dict[str, AdapterImage]) -> Iterator[Running]:
-    """Two lanes, of which nobody loses one to another for long."""
-    for running in started(world, images, lanes=2):
-        running.engine._lanes._turn_s = 0.01
-        yield running
+    """Two lanes."""
+    yield from started(world, images, lanes=2, turn_s=0.01)
 
 
 @pytest.fixture(scope="module")
 def one(world: TinyWorld, images: dict[str, AdapterImage]) -> Iterator[Running]:
     """A single lane."""
-    for running in started(world, images, lanes=1):
-        running.engine._lanes._turn_s = 0.01
-        yield running
+    yield from started(world, images, lanes=1, turn_s=0.01)
 
 
 @pytest.fixture
@@ -69,29 +65,13 @@ def make(world: TinyWorld, images: dict[str, AdapterImage]) -> Iterator[Callable
 
 def staged(running: Running) -> set[str]:
     """The revisions whose images the engine still has."""
-    return {revision.name for revision in running.engine.weight_lock._staged}
+    return {revision.name for revision in running.engine.weight_lock.revisions}
 
 
 def in_lanes(running: Running) -> dict[str, int]:
     """Revision → how many of its requests run."""
     lanes = running.engine.lanes()
     return {lane.revision: lane.running for lane in lanes if lane.revision and lane.running}
-
-
-async def nobody_is_inside(running: Running) -> None:
-    engine = running.engine
-    await until(lambda: engine.admission.running == 0)
-    assert in_lanes(running) == {}
-    assert +engine._running == {}
-    assert not engine._lanes._waiting
-    assert not engine._releasing
-    assert staged(running) == {revision.name for revision in engine.serves}
-    for manager in engine._managers:
-        scheduler = manager.batch_processor.scheduler
-        assert not scheduler.active_requests
-        assert not scheduler.waiting_requests
-        assert manager._notes == {}
-        assert manager.output_router.result_handlers == {}
 
 
 def begin(running: Running, *args: Any, **how: Any) -> asyncio.Task[Said]:
@@ -114,7 +94,7 @@ async def lane_of(running: Running, revision: str, requests: int = 1) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_requests_that_run_finish_on_their_revision_beside_new_ones(
+def test_running_requests_finish_on_their_revision_while_new_ones_start_on_another(
     two: Running, stream: bool
 ) -> None:
     async def story() -> None:
@@ -122,23 +102,21 @@ def test_requests_that_run_finish_on_their_revision_beside_new_ones(
         before = [begin(two, SHORT, 60, stream=stream) for _ in range(3)]
         await lane_of(two, old, 3)
         new = await two.swap("beta", "overlap")
-        weight_lock = two.engine.weight_lock.commits
+        commits = two.engine.weight_lock.commits
         after = [begin(two, ids, 30, stream=stream) for ids in (SHORT, LONG, SHORT)]
         steps = await asyncio.gather(*before, *after)
         assert [step.revision for step in steps] == [old] * 3 + [new] * 3
-        assert two.engine.weight_lock.commits > weight_lock + 5, (
-            "they did not run beside each other"
-        )
+        assert two.engine.weight_lock.commits > commits + 5, "they did not run at the same time"
         for step, ids, tokens in zip(
             steps, [SHORT] * 4 + [LONG, SHORT], [60] * 3 + [30] * 3, strict=True
         ):
             assert two.is_exact(step, ids, tokens)
-        await nobody_is_inside(two)
+        await nothing_is_left(two)
 
     two(story())
 
 
-def test_nobody_waits_at_an_overlapping_cutover_and_the_old_revision_is_forgotten_at_its_end(
+def test_no_request_waits_at_an_overlapping_cutover_and_the_old_image_is_freed_at_the_end(
     two: Running,
 ) -> None:
     async def story() -> None:
@@ -153,7 +131,7 @@ def test_nobody_waits_at_an_overlapping_cutover_and_the_old_revision_is_forgotte
         assert staged(two) == {"alpha", "beta"}
         slow = await long
         assert (slow.revision, two.is_exact(slow, SHORT, 400)) == (old, True)
-        await nobody_is_inside(two)
+        await nothing_is_left(two)
         assert staged(two) == {"beta"}
         assert [lane.revision for lane in two.engine.lanes()].count(None) == 1
         assert two.engine.serves == (two.engine.default,)
@@ -161,7 +139,7 @@ def test_nobody_waits_at_an_overlapping_cutover_and_the_old_revision_is_forgotte
     two(story())
 
 
-def test_three_cutovers_in_a_row_over_two_lanes_leave_everybody_on_their_revision(
+def test_cutovers_in_a_row_over_two_lanes_leave_each_request_on_its_revision(
     two: Running,
 ) -> None:
     async def story() -> None:
@@ -177,7 +155,7 @@ def test_three_cutovers_in_a_row_over_two_lanes_leave_everybody_on_their_revisio
         steps = await asyncio.gather(*tasks)
         assert [step.revision for step in steps] == revisions
         assert all(two.is_exact(step, LONG, 80) for step in steps)
-        await nobody_is_inside(two)
+        await nothing_is_left(two)
 
     two(story())
 
@@ -194,7 +172,7 @@ def test_with_a_single_lane_new_requests_wait_for_old_ones_and_all_are_exact(one
         assert before.done()
         assert one.is_exact(await before, SHORT, 60)
         assert one.is_exact(late, SHORT, 10)
-        await nobody_is_inside(one)
+        await nothing_is_left(one)
 
     one(story())
 
@@ -215,7 +193,7 @@ def test_a_long_prompt_is_never_read_from_the_cache_of_another_revision(
     running(story())
 
 
-# ---- beside the default -------------------------------------------------------------------------
+# ---- loaded adapters -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["name", "name@digest8", "full"])
@@ -229,14 +207,14 @@ def test_a_request_that_names_a_revision_runs_on_it(two: Running, form: str) -> 
         pinned, free = await asyncio.gather(two.answer(LONG, pin=pin), two.answer(LONG))
         assert (pinned.revision, two.is_exact(pinned, LONG)) == (str(beta), True)
         assert (free.revision, two.is_exact(free, LONG)) == (two.world.revision("alpha"), True)
-        two.engine.drop(beta)
-        await nobody_is_inside(two)
+        two.engine.remove(beta)
+        await nothing_is_left(two)
 
     two(story())
 
 
 @pytest.mark.parametrize("pin", ["beta", "alpha@00000000", "", "alpha@"])
-def test_a_revision_that_nobody_brought_is_refused_with_those_that_are_there(
+def test_a_revision_that_is_not_served_is_refused_with_those_that_are(
     two: Running, pin: str
 ) -> None:
     async def story() -> None:
@@ -246,12 +224,12 @@ def test_a_revision_that_nobody_brought_is_refused_with_those_that_are_there(
         assert repr(pin) in str(refused.value)
         assert str(refused.value).endswith(f"live are {alpha}")
         assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value)
-        await nobody_is_inside(two)
+        await nothing_is_left(two)
 
     two(story())
 
 
-def test_what_runs_on_a_dropped_revision_finishes_and_then_its_memory_is_free(
+def test_requests_on_a_removed_revision_finish_and_then_its_image_is_freed(
     two: Running,
 ) -> None:
     async def story() -> None:
@@ -259,20 +237,20 @@ def test_what_runs_on_a_dropped_revision_finishes_and_then_its_memory_is_free(
         beta = await two.hold("beta")
         long = begin(two, SHORT, 100, pin="beta")
         await lane_of(two, beta)
-        two.engine.drop(two.images["beta"].revision)
+        two.engine.remove(two.images["beta"].revision)
         with pytest.raises(RevisionNotServed):
             await two.answer(SHORT, pin="beta")
         assert staged(two) == {"alpha", "beta"}
         step = await long
         assert (step.revision, two.is_exact(step, SHORT, 100)) == (beta, True)
-        await nobody_is_inside(two)
+        await nothing_is_left(two)
         assert staged(two) == {"alpha"}
 
     two(story())
 
 
 @BOTH
-def test_a_held_revision_stays_when_the_default_moves_on_and_when_it_was_the_default(
+def test_a_loaded_revision_stays_when_the_default_moves_on_and_when_it_was_the_default(
     two: Running, in_flight: InFlight
 ) -> None:
     async def story() -> None:
@@ -282,18 +260,18 @@ def test_a_held_revision_stays_when_the_default_moves_on_and_when_it_was_the_def
         await two.swap("gamma", in_flight)
         step = await two.answer(SHORT, pin="beta")
         assert (step.revision, two.is_exact(step, SHORT)) == (beta, True)
-        two.engine.drop(two.images["beta"].revision)
-        await nobody_is_inside(two)
+        two.engine.remove(two.images["beta"].revision)
+        await nothing_is_left(two)
         assert staged(two) == {"gamma"}
 
     two(story())
 
 
-def test_dropping_the_default_revision_by_name_leaves_it_the_default(two: Running) -> None:
+def test_removing_the_default_revision_by_name_leaves_it_the_default(two: Running) -> None:
     async def story() -> None:
         alpha = await two.swap("alpha")
         await two.hold("alpha")
-        two.engine.drop(two.images["alpha"].revision)
+        two.engine.remove(two.images["alpha"].revision)
         assert (await two.answer(SHORT, pin="alpha")).revision == alpha
 
     two(story())
@@ -312,13 +290,13 @@ def test_more_revisions_than_lanes_all_get_exact_answers(two: Running) -> None:
         assert [step.revision for step in steps] == [two.world.revision(pin) for pin in pins]
         assert all(two.is_exact(step, LONG, 20) for step in steps)
         for name in ("beta", "gamma"):
-            two.engine.drop(two.images[name].revision)
-        await nobody_is_inside(two)
+            two.engine.remove(two.images[name].revision)
+        await nothing_is_left(two)
 
     two(story())
 
 
-def test_a_full_house_that_refuses_says_so_and_goes_on(make: Callable[..., Running]) -> None:
+def test_busy_lanes_that_refuse_say_so_and_go_on(make: Callable[..., Running]) -> None:
     running = make(lanes=2, lane_overflow="refuse")
 
     async def story() -> None:
@@ -335,7 +313,7 @@ def test_a_full_house_that_refuses_says_so_and_goes_on(make: Callable[..., Runni
             assert running.is_exact(step, SHORT, 200)
         step = await running.answer(SHORT, pin="gamma")
         assert running.is_exact(step, SHORT)
-        await nobody_is_inside(running)
+        await nothing_is_left(running)
 
     running(story())
 
@@ -357,7 +335,7 @@ def test_a_request_that_takes_too_long_ends_and_leaves_nothing_behind(
         ended = await asyncio.gather(*long, waiting, return_exceptions=True)
         assert [type(error) for error in ended[:2]] == [DeadlineExceeded] * 2
         assert str(ended[0]) == "the request was not finished after 0.15 s"
-        await nobody_is_inside(running)
+        await nothing_is_left(running)
         step = await running.answer(SHORT, 2, pin="beta")
         assert running.is_exact(step, SHORT, 2)
 
@@ -368,23 +346,23 @@ def test_a_request_that_gives_up_waiting_for_a_lane_leaves_nothing_behind(one: R
     async def story() -> None:
         alpha = await one.swap("alpha")
         await one.hold("beta")
+        beta = one.images["beta"].revision
         long = begin(one, SHORT, 100)
         await lane_of(one, alpha)
         waiting = [begin(one, SHORT, 5, pin="beta") for _ in range(3)]
-        await until(lambda: bool(one.engine._lanes._waiting))
+        await until(lambda: one.engine.revisions.running.get(beta) == 3)
         for task in waiting:
             task.cancel()
         await asyncio.wait(waiting)
-        assert not one.engine._lanes._waiting
         assert one.engine.admission.running == 1
         assert one.is_exact(await long, SHORT, 100)
-        one.engine.drop(one.images["beta"].revision)
-        await nobody_is_inside(one)
+        one.engine.remove(one.images["beta"].revision)
+        await nothing_is_left(one)
 
     one(story())
 
 
-def test_somebody_who_leaves_while_the_lane_is_cleared_takes_nobody_to_the_wrong_revision(
+def test_a_request_cancelled_while_its_lane_is_cleared_leads_no_other_to_its_revision(
     one: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def story() -> None:
@@ -395,13 +373,14 @@ def test_somebody_who_leaves_while_the_lane_is_cleared_takes_nobody_to_the_wrong
         go, forget = threading.Event(), manager.forget_prefixes
 
         def slowly() -> None:
-            go.wait(10)
+            assert go.wait(NEVER_S)
             forget()
 
         with monkeypatch.context() as patch:
             patch.setattr(manager, "forget_prefixes", slowly)
             gone = begin(one, LONG, pin="beta", tokens=5)
-            await until(lambda: one.engine._lanes.all[0].bound == one.images["beta"].revision)
+            beta = one.world.revision("beta")
+            await until(lambda: [lane.revision for lane in one.engine.lanes()] == [beta])
             await settled()
             gone.cancel()
             await asyncio.wait([gone])
@@ -410,8 +389,8 @@ def test_somebody_who_leaves_while_the_lane_is_cleared_takes_nobody_to_the_wrong
             go.set()
             step = await back
         assert one.is_exact(step, LONG, 60)
-        one.engine.drop(one.images["beta"].revision)
-        await nobody_is_inside(one)
+        one.engine.remove(one.images["beta"].revision)
+        await nothing_is_left(one)
 
     one(story())
 
@@ -425,7 +404,7 @@ class Blocked:
 
         def verify_later() -> None:
             self.inside.set()
-            assert self.go.wait(10)
+            assert self.go.wait(NEVER_S)
             if fails:
                 raise VerifyFailed(str(running.slot.revision), "tensor", "it was changed")
             verify()
@@ -455,7 +434,7 @@ def test_a_cutover_that_is_cancelled_while_it_verifies_changes_nothing(
         assert two.engine.admission.is_open
         step = await two.answer(LONG)
         assert (step.revision, two.is_exact(step, LONG)) == (old, True)
-        await nobody_is_inside(two)
+        await nothing_is_left(two)
         new = await two.swap("beta", in_flight)
         step = await two.answer(LONG)
         assert (step.revision, two.is_exact(step, LONG)) == (new, True)
@@ -484,7 +463,7 @@ def test_a_cutover_that_does_not_verify_leaves_the_old_default_serving_exactly(
         assert (step.revision, two.is_exact(step, LONG)) == (old, True)
         if long is not None:
             assert two.is_exact(await long, SHORT, 60)
-        await nobody_is_inside(two)
+        await nothing_is_left(two)
         assert staged(two) == {"alpha"}
 
     two(story())
@@ -497,21 +476,22 @@ def test_a_cutover_whose_lane_cannot_be_cleared_changes_nothing(
         old = await two.swap("alpha")
         await two.answer(SHORT)
 
-        async def fails(lane: int, revision: Revision) -> None:
-            raise OSError(f"lane {lane} cannot be cleared for {revision}")
+        def fails() -> None:
+            raise OSError("this lane cannot be cleared")
 
         with monkeypatch.context() as patch:
-            patch.setattr(two.engine._lanes, "_clear", fails)
+            for manager in two.engine.managers:
+                patch.setattr(manager, "forget_prefixes", fails)
             with pytest.raises(OSError, match="cannot be cleared"):
                 await two.swap("beta", "overlap")
         assert str(two.engine.default) == old
         assert two.is_exact(await two.answer(SHORT), SHORT)
-        await nobody_is_inside(two)
+        await nothing_is_left(two)
 
     two(story())
 
 
-def test_an_engine_that_stopped_says_so_to_whoever_needs_another_lane(
+def test_a_request_that_waits_for_a_lane_of_a_stopped_engine_fails(
     make: Callable[..., Running],
 ) -> None:
     running = make(lanes=1)
@@ -571,11 +551,11 @@ def test_a_hundred_random_swaps_under_mixed_load_lose_and_mix_nothing(two: Runni
                 await until(lambda seen=seen: len(steps) > seen)  # type: ignore[misc]
         done.set()
         await asyncio.gather(*clients)
-        two.engine.drop(two.images["gamma"].revision)
+        two.engine.remove(two.images["gamma"].revision)
         assert len({step.revision for step, _, _ in steps}) == 3
         assert left > 0
         assert [s for s, ids, n in steps if not two.is_exact(s, ids, n)] == []
-        await nobody_is_inside(two)
+        await nothing_is_left(two)
 
     two(story())
 
@@ -598,27 +578,27 @@ def traffic(running: Running, weight: float, step_id: str = "r1.1.1", **more: An
 async def canary(
     running: Running, weight: float, **more: Any
 ) -> AsyncIterator[dict[str, RequestStats]]:
-    """Alpha is the default, beta beside it has this share; the request_stats of what runs meanwhile."""
+    """Alpha is the default, beta a canary with this weight. Yields the request statistics."""
     await running.swap("alpha")
     await running.hold(CANARY)
-    running.engine.go_by(traffic(running, weight, **more))
+    running.engine.apply_traffic(traffic(running, weight, **more))
     request_stats = running.engine.recorder.request_stats
     try:
         yield request_stats
     finally:
-        running.engine.go_by(None)
-        running.engine.drop(running.images[CANARY].revision)
-        await nobody_is_inside(running)
+        running.engine.apply_traffic(None)
+        running.engine.remove(running.images[CANARY].revision)
+        await nothing_is_left(running)
 
 
 async def admitted_to(running: Running, pin: str | None = None, session: str | None = None) -> str:
-    """Where such a request would run; it does nothing there."""
+    """The name of the revision that such a request is admitted to."""
     async with running.engine.admit(pin, session) as ticket:
         return ticket.revision.name
 
 
 @pytest.mark.parametrize("weight", [0.0, 5.0, 50.0, 100.0])
-def test_a_shared_canary_gets_its_weight_of_the_requests_that_name_none(
+def test_a_shared_canary_gets_its_weight_of_the_requests_without_a_pin(
     two: Running, weight: float
 ) -> None:
     async def story() -> None:
@@ -643,7 +623,7 @@ def test_a_session_stays_on_the_canary_and_larger_weights_only_add_sessions(two:
         before: set[str] = set()
         async with canary(two, 0):
             for step, weight in enumerate([10.0, 10.0, 30.0, 80.0, 100.0]):
-                two.engine.go_by(traffic(two, weight, f"r1.{step}.1"))
+                two.engine.apply_traffic(traffic(two, weight, f"r1.{step}.1"))
                 runs = [(s, await admitted_to(two, session=s)) for s in sessions * 2]
                 there = {session for session, name in runs if name == CANARY}
                 assert len([1 for _, name in runs if name == CANARY]) == 2 * len(there)
@@ -659,7 +639,7 @@ def test_a_pin_is_never_taken_to_the_canary_or_away_from_it(two: Running) -> Non
         async with canary(two, 100) as request_stats:
             assert {await admitted_to(two, "alpha") for _ in range(20)} == {"alpha"}
             assert await admitted_to(two, "alpha", "some session") == "alpha"
-            two.engine.go_by(traffic(two, 0))
+            two.engine.apply_traffic(traffic(two, 0))
             assert {await admitted_to(two, CANARY) for _ in range(20)} == {CANARY}
             assert [stats.chosen for stats in request_stats.values()] == [0, 0]
 
@@ -671,20 +651,20 @@ def test_the_default_answers_where_the_canary_is_not_or_requests_are_split_elsew
 ) -> None:
     async def story() -> None:
         async with canary(two, 100):
-            two.engine.go_by(traffic(two, 100, canary=full(two, "gamma")))
+            two.engine.apply_traffic(traffic(two, 100, canary=full(two, "gamma")))
             assert await admitted_to(two) == "alpha"
-            two.engine.go_by(traffic(two, 100, placement="dedicated"))
+            two.engine.apply_traffic(traffic(two, 100, placement="dedicated"))
             assert await admitted_to(two, session="s") == "alpha"
-            two.engine.go_by(None)
+            two.engine.apply_traffic(None)
             assert await admitted_to(two) == "alpha"
-            two.engine.go_by(traffic(two, 100))
-            two.engine.drop(two.images[CANARY].revision)
+            two.engine.apply_traffic(traffic(two, 100))
+            two.engine.remove(two.images[CANARY].revision)
             assert await admitted_to(two) == "alpha"
 
     two(story())
 
 
-def test_a_canary_that_became_the_default_answers_everybody(two: Running) -> None:
+def test_a_canary_that_became_the_default_answers_all_requests(two: Running) -> None:
     async def story() -> None:
         async with canary(two, 0):
             await two.swap(CANARY, "overlap")
@@ -695,7 +675,7 @@ def test_a_canary_that_became_the_default_answers_everybody(two: Running) -> Non
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_became_of_a_request_is_in_the_ledger(two: Running, stream: bool) -> None:
+def test_the_outcome_of_a_request_is_recorded(two: Running, stream: bool) -> None:
     async def story() -> None:
         async with canary(two, 100) as request_stats:
             began = time.perf_counter()
@@ -720,24 +700,24 @@ def test_a_request_with_several_choices_has_the_first_token_of_any_and_the_token
 ) -> None:
     async def story() -> None:
         async with canary(two, 100) as request_stats, two.engine.admit() as ticket:
-            heard: list[GenerationOutput] = []
+            outputs: list[GenerationOutput] = []
 
             async def one(ids: list[int], tokens: int, stream: bool) -> None:
                 how: dict[str, Any] = {"sampling": GREEDY, "stream": stream}
                 async for step in ticket.generate(ids, max_tokens=tokens, **how):
-                    heard.append(step)
+                    outputs.append(step)
 
             await asyncio.gather(one(SHORT, 30, False), one(LONG, 7, True), one([9], 1, False))
-            ended = [step for step in heard if step.finished]
+            ended = [step for step in outputs if step.finished]
             assert ticket.tokens == sum(len(step.token_ids) for step in ended)
-            assert ticket.first_at == min(step.first_at or 0 for step in heard)
+            assert ticket.first_at == min(step.first_at or 0 for step in outputs)
             assert not request_stats, "it is not over"
 
     two(story())
 
 
 def test_the_first_token_of_a_whole_answer_is_long_before_its_last(two: Running) -> None:
-    """It is heard of only together with the last one."""
+    """Although both are delivered together."""
 
     async def story() -> None:
         await two.swap("alpha")
@@ -757,7 +737,7 @@ def test_the_first_token_of_a_whole_answer_is_long_before_its_last(two: Running)
     two(story())
 
 
-def test_a_request_that_fails_is_an_error_of_its_revision_and_says_nothing_about_times(
+def test_a_failed_request_is_an_error_of_its_revision_and_its_times_are_not_sampled(
     make: Callable[..., Running],
 ) -> None:
     running = make(lanes=2, request_timeout_s=0.15)
@@ -775,11 +755,11 @@ def test_a_request_that_fails_is_an_error_of_its_revision_and_says_nothing_about
     running(story())
 
 
-def test_who_was_refused_or_went_away_is_not_in_the_ledger(two: Running) -> None:
+def test_refused_and_cancelled_requests_are_not_recorded(two: Running) -> None:
     async def story() -> None:
         async with canary(two, 50) as request_stats:
             with pytest.raises(RevisionNotServed):
-                await two.answer(SHORT, pin="nobody")
+                await two.answer(SHORT, pin="unknown")
             gone = begin(two, SHORT, 500)
             await until(lambda: bool(in_lanes(two)))
             gone.cancel()
@@ -787,7 +767,7 @@ def test_who_was_refused_or_went_away_is_not_in_the_ledger(two: Running) -> None
             async with two.steps(SHORT, 500, stream=True) as unfinished:
                 await anext(unfinished)
             seen = sum(stats.requests for stats in request_stats.values())
-            assert seen == 1, "whoever has read enough was answered"
+            assert seen == 1, "a client that has read enough was answered"
             with pytest.raises(ZeroDivisionError):  # the client's own fault
                 async with two.engine.admit():
                     raise ZeroDivisionError
@@ -796,7 +776,7 @@ def test_who_was_refused_or_went_away_is_not_in_the_ledger(two: Running) -> None
     two(story())
 
 
-def test_a_full_house_is_no_error_of_the_revision(make: Callable[..., Running]) -> None:
+def test_busy_lanes_are_no_error_of_the_revision(make: Callable[..., Running]) -> None:
     running = make(lanes=1, lane_overflow="refuse")
 
     async def story() -> None:
@@ -811,7 +791,7 @@ def test_a_full_house_is_no_error_of_the_revision(make: Callable[..., Running]) 
     running(story())
 
 
-def test_the_requests_of_probes_are_not_counted(two: Running) -> None:
+def test_the_requests_of_probes_are_not_recorded(two: Running) -> None:
     async def story() -> None:
         async with canary(two, 50) as request_stats:
             assert await admitted_to(two, CANARY, PROBE) == CANARY
@@ -821,21 +801,21 @@ def test_the_requests_of_probes_are_not_counted(two: Running) -> None:
     two(story())
 
 
-def test_a_new_trial_begins_with_nothing_and_hears_nothing_of_older_requests(two: Running) -> None:
+def test_a_new_canary_step_starts_with_nothing_and_ignores_older_requests(two: Running) -> None:
     async def story() -> None:
         async with canary(two, 100) as request_stats:
             await two.answer(SHORT, 2)
             assert sum(stats.requests for stats in request_stats.values()) == 1
             late = begin(two, SHORT, 60)
             await lane_of(two, two.world.revision(CANARY))
-            two.engine.go_by(traffic(two, 50, "r1.2.1"))
+            two.engine.apply_traffic(traffic(two, 50, "r1.2.1"))
             assert two.engine.recorder.request_stats == {}
             await late
             assert two.engine.recorder.request_stats == {}
-            two.engine.go_by(traffic(two, 60, "r1.2.1"))
+            two.engine.apply_traffic(traffic(two, 60, "r1.2.1"))
             await two.answer(SHORT, 2)
-            two.engine.go_by(traffic(two, 70, "r1.2.1"))
-            assert len(two.engine.recorder.request_stats) == 1, "the same step_id goes on"
+            two.engine.apply_traffic(traffic(two, 70, "r1.2.1"))
+            assert len(two.engine.recorder.request_stats) == 1, "the same canary step goes on"
         assert (two.engine.recorder.step_id, two.engine.recorder.request_stats) == (None, {})
         await two.answer(SHORT, 2)
         assert two.engine.recorder.request_stats == {}

@@ -106,7 +106,7 @@ class Place:
     def check_nobody_left_a_trace(self) -> None:
         assert [lane.running for lane in self.lanes.all] == [0] * len(self.lanes.all)
         assert not any(lane.closing for lane in self.lanes.all)
-        assert not self.lanes._waiting
+        assert not self.lanes.waiting
 
 
 def run(story: Coroutine[Any, Any, T]) -> T:
@@ -368,7 +368,7 @@ def test_a_waiter_that_goes_away_leaves_no_trace() -> None:
         waiting = [asyncio.create_task(place.use(one)) for one in (B, B, C)]
         await settled()
         await cancelled(waiting[0], waiting[2])
-        assert list(place.lanes._waiting) == [B]
+        assert place.lanes.waiting == (B,)
         done.set()
         await asyncio.gather(user, waiting[1])
         assert place.order == [A, B]

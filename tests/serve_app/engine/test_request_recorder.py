@@ -1,4 +1,4 @@
-"""What a replica counts of a step_id."""
+"""Request statistics of a canary step on one replica."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from serve_app.engine.request_recorder import RequestRecorder
 from serve_app.rollout.analysis import Analysis, Check
 from serve_app.wire.request_stats import SAMPLES, RequestStats
 
-TRIAL = "r1.1.1"
+STEP = "r1.1.1"
 
 
-def opened() -> RequestRecorder:
-    own = RequestRecorder()
-    own.open(TRIAL)
+def opened(chance: random.Random | None = None) -> RequestRecorder:
+    own = RequestRecorder(chance)
+    own.start_step(STEP)
     return own
 
 
-def write(own: RequestRecorder, revision: str = "beta@1", **more: Any) -> None:
-    given = {"step_id": TRIAL, "chosen": True, "failed": False, "latency_s": 1.0}
-    own.write(revision, **{**given, **more})
+def record(own: RequestRecorder, revision: str = "beta@1", **more: Any) -> None:
+    given = {"step_id": STEP, "chosen": True, "failed": False, "latency_s": 1.0}
+    own.record(revision, **{**given, **more})
 
 
-def test_a_request_adds_to_the_tally_of_its_revision_alone() -> None:
+def test_a_request_adds_to_the_statistics_of_its_revision_alone() -> None:
     own = opened()
-    write(own, latency_s=2.5, first_token_s=0.5, tokens=5)
-    write(own, "alpha@1", chosen=False, latency_s=1.5)
+    record(own, latency_s=2.5, first_token_s=0.5, tokens=5)
+    record(own, "alpha@1", chosen=False, latency_s=1.5)
     assert own.request_stats == {
         "beta@1": RequestStats(
             requests=1, chosen=1, latency_s=[2.5], first_token_s=[0.5], tokens_per_s=[2.0]
@@ -40,9 +40,9 @@ def test_a_request_adds_to_the_tally_of_its_revision_alone() -> None:
     }
 
 
-def test_a_request_that_failed_says_nothing_about_times() -> None:
+def test_the_times_of_a_failed_request_are_not_sampled() -> None:
     own = opened()
-    write(own, failed=True, latency_s=30.0, first_token_s=0.5, tokens=9)
+    record(own, failed=True, latency_s=30.0, first_token_s=0.5, tokens=9)
     assert own.request_stats == {"beta@1": RequestStats(requests=1, errors=1, chosen=1)}
 
 
@@ -51,51 +51,51 @@ def test_an_answer_without_two_tokens_or_time_between_them_has_no_rate(
     more: dict[str, Any],
 ) -> None:
     own = opened()
-    write(own, first_token_s=0.5, **more)
+    record(own, first_token_s=0.5, **more)
     [stats] = own.request_stats.values()
     assert (len(stats.latency_s), stats.first_token_s, stats.tokens_per_s) == (1, [0.5], [])
 
 
-def test_nothing_is_counted_while_there_is_no_trial() -> None:
+def test_nothing_is_counted_while_there_is_no_canary_step() -> None:
     own = RequestRecorder()
-    write(own, step_id=None)
-    write(own)
+    record(own, step_id=None)
+    record(own)
     assert own.request_stats == {}
 
 
-def test_a_new_trial_begins_with_nothing_and_the_same_one_goes_on() -> None:
+def test_a_new_canary_step_starts_with_nothing_and_the_same_one_goes_on() -> None:
     own = opened()
-    write(own)
-    own.open(TRIAL)
+    record(own)
+    own.start_step(STEP)
     assert own.request_stats["beta@1"].requests == 1
-    own.open("r1.2.1")
+    own.start_step("r1.2.1")
     assert (own.step_id, own.request_stats) == ("r1.2.1", {})
-    own.open(None)
+    own.start_step(None)
     assert (own.step_id, own.request_stats) == (None, {})
 
 
-def test_a_request_that_arrived_in_another_trial_does_not_count() -> None:
+def test_a_request_that_arrived_in_another_canary_step_does_not_count() -> None:
     own = opened()
-    own.open("r1.2.1")
-    write(own)
-    write(own, step_id=None)
+    own.start_step("r1.2.1")
+    record(own)
+    record(own, step_id=None)
     assert own.request_stats == {}
-    write(own, step_id="r1.2.1")
+    record(own, step_id="r1.2.1")
     assert own.request_stats["beta@1"].requests == 1
 
 
-def test_the_numbers_of_an_earlier_trial_stay_as_they_were_reported() -> None:
+def test_the_numbers_of_an_earlier_canary_step_stay_as_they_were_reported() -> None:
     own = opened()
-    write(own)
+    record(own)
     reported = own.request_stats
-    own.open("r1.2.1")
-    write(own, step_id="r1.2.1")
+    own.start_step("r1.2.1")
+    record(own, step_id="r1.2.1")
     assert reported == {"beta@1": RequestStats(requests=1, chosen=1, latency_s=[1.0])}
 
 
-def test_tallies_cross_process_boundaries() -> None:
+def test_statistics_cross_process_boundaries() -> None:
     own = opened()
-    write(own, first_token_s=0.5, tokens=3)
+    record(own, first_token_s=0.5, tokens=3)
     assert pickle.loads(pickle.dumps(own.request_stats)) == own.request_stats
 
 
@@ -105,7 +105,7 @@ def test_tallies_cross_process_boundaries() -> None:
 def test_samples_are_bounded_and_numbers_are_not() -> None:
     own = opened()
     for _ in range(3 * SAMPLES):
-        write(own, first_token_s=0.5, tokens=2)
+        record(own, first_token_s=0.5, tokens=2)
     [stats] = own.request_stats.values()
     assert (stats.requests, stats.chosen) == (3 * SAMPLES, 3 * SAMPLES)
     kept = (stats.latency_s, stats.first_token_s, stats.tokens_per_s)
@@ -121,12 +121,11 @@ def test_each_request_has_the_same_chance_to_be_in_a_sample(
     requests, runs = 2_000, 30
     kept: list[float] = []
     for seed in range(runs):
-        own = opened()
-        own._random = random.Random(seed)
+        own = opened(random.Random(seed))
         for number in range(requests):
             rated = number % rated_every == 0
-            write(own, first_token_s=0.0, latency_s=1 / (number + 1), tokens=2 if rated else 1)
-            write(own, failed=True)
+            record(own, first_token_s=0.0, latency_s=1 / (number + 1), tokens=2 if rated else 1)
+            record(own, failed=True)
         [stats] = own.request_stats.values()
         assert len(stats.latency_s) == len(stats.tokens_per_s) == 100
         kept += stats.tokens_per_s  # the number of the request, and 1
@@ -137,7 +136,7 @@ def test_each_request_has_the_same_chance_to_be_in_a_sample(
 
 
 def test_the_sample_of_one_replica_is_enough_for_any_plan() -> None:
-    """A dedicated canary may have no other, and would wait for data for ever."""
+    """A dedicated canary may have one replica, and would wait for data forever."""
     checks = [Check(metric="latency", max=1)]
     make = TypeAdapter(Analysis).validate_python
     make({"checks": checks, "min_samples": SAMPLES})
@@ -148,7 +147,7 @@ def test_the_sample_of_one_replica_is_enough_for_any_plan() -> None:
 # ---- sums ---------------------------------------------------------------------------------------
 
 
-def test_two_tallies_add_up_and_stay_as_they_are() -> None:
+def test_statistics_of_two_replicas_add_up_and_stay_as_they_are() -> None:
     one = RequestStats(requests=3, errors=1, chosen=2, latency_s=[1.0, 2.0], first_token_s=[0.5])
     other = RequestStats(requests=1, chosen=1, latency_s=[3.0], tokens_per_s=[7.0])
     assert one + other == RequestStats(

@@ -46,7 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 def made(models: Models, kind: type[Seq2SeqEngine] = Seq2SeqEngine) -> Seq2SeqEngine:
-    settings = Settings(max_batch_size=len(LENGTHS), batch_wait_s=60)  # all of them, or nobody
+    settings = Settings(max_batch_size=len(LENGTHS), batch_wait_s=60)  # runs when it is full
     return kind(models.slot(), settings, eos_token_ids=[EOS])
 
 
@@ -126,7 +126,7 @@ def test_answers_of_two_revisions_at_once_are_each_exact(models: Models) -> None
 
         async def story() -> list[list[GenerationOutput]]:
             await started.swap("red")
-            await started.engine.hold(started.staged("blue"))
+            await started.engine.add(started.staged("blue"))
             pins = [None, "blue", "red", "blue", None]
             prompts = texts(VOCABULARY, *LENGTHS)
             asked = (
@@ -148,7 +148,7 @@ def test_a_stream_grows_token_by_token(engine: Running[Seq2SeqEngine]) -> None:
     assert [step.finished for step in found] == [False] * (len(found) - 1) + [True]
 
 
-def test_a_seed_draws_the_same_tokens_whatever_runs_beside_it(
+def test_a_seed_draws_the_same_tokens_in_any_batch(
     engine: Running[Seq2SeqEngine],
 ) -> None:
     [ids] = texts(VOCABULARY, 9)
@@ -184,7 +184,7 @@ def test_logprobs_are_the_models_own(engine: Running[Seq2SeqEngine], models: Mod
 # ---- failures and cancellation ------------------------------------------------------------------
 
 
-def test_whoever_leaves_a_stream_ends_its_row_and_no_other(
+def test_a_client_that_leaves_a_stream_ends_its_row_and_no_other(
     engine: Running[Seq2SeqEngine], models: Models
 ) -> None:
     engine(engine.swap("red"))
@@ -226,12 +226,12 @@ class _Faulty(StoppingCriteria):  # type: ignore[misc]
 class Faulty(Seq2SeqEngine):
     """Fails in every batch, at its third token; and at the first for a prompt of one token."""
 
-    def _answer(self, prompts: Sequence[list[int]], *, most: int, **how: Any) -> None:
+    def _run_generate(self, prompts: Sequence[list[int]], *, most: int, **how: Any) -> None:
         if len(prompts) > 1:
             how["stopping_criteria"].append(_Faulty(3))
         elif len(prompts[0]) == 1:
             how["stopping_criteria"].append(_Faulty(1))
-        super()._answer(prompts, most=most, **how)
+        super()._run_generate(prompts, most=most, **how)
 
 
 def test_after_a_failed_batch_every_row_goes_on_alone_where_it_was(models: Models) -> None:
@@ -274,7 +274,7 @@ def test_stopping_ends_what_is_being_generated(models: Models) -> None:
                                 return
 
             watching = [asyncio.create_task(watch(ids)) for ids in texts(VOCABULARY, *LENGTHS)]
-            await seen.wait()
+            await until(seen.is_set, "no output came")
             await asyncio.to_thread(engine.stop)
             return await asyncio.gather(*watching, return_exceptions=True)
 

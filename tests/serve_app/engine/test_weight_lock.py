@@ -1,4 +1,4 @@
-"""WeightLock at the weights: one at a time, first come first served, always on the named revision."""
+"""The weight lock: one step at a time, first come first served, each on its own revision."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.serve_app.conftest import new_slot
 from tests.serve_app.fakes import NEVER_S
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + NEVER_S
     while not condition():
-        assert time.monotonic() < deadline, "it never happened"
+        assert time.monotonic() < deadline, f"waited {NEVER_S:g} s until {what}"
         time.sleep(0.0005)
 
 
@@ -29,7 +29,7 @@ def threads() -> Iterator[list[threading.Thread]]:
     yield started
     for thread in started:
         thread.join(NEVER_S)
-        assert not thread.is_alive(), "a thread waits for ever"
+        assert not thread.is_alive(), f"a thread did not end within {NEVER_S:g} s"
 
 
 def start(threads: list[threading.Thread], work: Callable[[], object]) -> None:
@@ -40,7 +40,9 @@ def start(threads: list[threading.Thread], work: Callable[[], object]) -> None:
 # ---- the lock -----------------------------------------------------------------------------------
 
 
-def test_the_lock_goes_to_whoever_has_waited_longest(threads: list[threading.Thread]) -> None:
+def test_the_lock_goes_to_the_thread_that_has_waited_longest(
+    threads: list[threading.Thread],
+) -> None:
     lock, order = FairLock(), list[int]()
 
     def work(number: int) -> None:
@@ -50,12 +52,12 @@ def test_the_lock_goes_to_whoever_has_waited_longest(threads: list[threading.Thr
     with lock:
         for number in range(8):
             start(threads, lambda number=number: work(number))  # type: ignore[misc]
-            until(lambda number=number: len(lock._waiting) == number + 1)  # type: ignore[misc]
-    until(lambda: len(order) == 8)
+            until(lambda number=number: lock.waiting == number + 1, "it waits")  # type: ignore[misc]
+    until(lambda: len(order) == 8, "each thread had the lock")
     assert order == list(range(8))
 
 
-def test_whoever_comes_back_at_once_waits_behind_those_who_wait(
+def test_a_thread_that_comes_back_at_once_waits_behind_the_others(
     threads: list[threading.Thread],
 ) -> None:
     lock, order, rounds = FairLock(), list[str](), 50
@@ -64,19 +66,22 @@ def test_whoever_comes_back_at_once_waits_behind_those_who_wait(
         for _ in range(rounds):
             with lock:
                 order.append(name)
-                until(lambda: len(lock._waiting) > 0 or order.count("ab".strip(name)) == rounds)
+                until(
+                    lambda: lock.waiting > 0 or order.count("ab".strip(name)) == rounds,
+                    "the other thread waits",
+                )
 
     for name in "ab":
         start(threads, lambda name=name: work(name))  # type: ignore[misc]
-    until(lambda: len(order) == 2 * rounds)
+    until(lambda: len(order) == 2 * rounds, "both threads are through")
     assert "".join(order) in ("ab" * rounds, "ba" * rounds)
 
 
-def test_nobody_holds_the_lock_beside_another(threads: list[threading.Thread]) -> None:
-    lock, inside, most, weight_lock = FairLock(), list[int](), list[int](), 300
+def test_two_threads_never_hold_the_lock_at_once(threads: list[threading.Thread]) -> None:
+    lock, inside, most, rounds = FairLock(), list[int](), list[int](), 300
 
     def work() -> None:
-        for _ in range(weight_lock):
+        for _ in range(rounds):
             with lock:
                 inside.append(1)
                 most.append(len(inside))
@@ -84,9 +89,8 @@ def test_nobody_holds_the_lock_beside_another(threads: list[threading.Thread]) -
 
     for _ in range(6):
         start(threads, work)
-    until(lambda: len(most) == 6 * weight_lock)
+    until(lambda: len(most) == 6 * rounds, "all threads are through")
     assert set(most) == {1}
-    assert not lock._held
 
 
 def test_the_lock_is_given_back_when_what_it_guards_fails() -> None:
@@ -97,7 +101,7 @@ def test_the_lock_is_given_back_when_what_it_guards_fails() -> None:
         pass
 
 
-# ---- turns --------------------------------------------------------------------------------------
+# ---- steps --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -123,7 +127,7 @@ def beta(images: dict[str, AdapterImage]) -> Revision:
     return images["beta"].revision
 
 
-def test_a_turn_has_its_revision_in_the_weights(
+def test_a_step_has_its_revision_in_the_weights(
     weight_lock: WeightLock, alpha: Revision, beta: Revision
 ) -> None:
     for revision in (alpha, beta, BASE, beta):
@@ -132,7 +136,7 @@ def test_a_turn_has_its_revision_in_the_weights(
             weight_lock.slot.verify()
 
 
-def test_only_a_turn_on_another_revision_writes_the_weights(
+def test_only_a_step_on_another_revision_writes_the_weights(
     weight_lock: WeightLock, alpha: Revision, beta: Revision
 ) -> None:
     counts = []
@@ -142,7 +146,7 @@ def test_only_a_turn_on_another_revision_writes_the_weights(
     assert counts == [0, 1, 1, 2, 2, 3]
 
 
-def test_turns_of_many_threads_never_see_each_others_weights(
+def test_steps_of_many_threads_never_see_each_others_weights(
     weight_lock: WeightLock, alpha: Revision, beta: Revision, threads: list[threading.Thread]
 ) -> None:
     wrong, done = list[Revision](), list[int]()
@@ -157,11 +161,11 @@ def test_turns_of_many_threads_never_see_each_others_weights(
 
     for revision in (alpha, beta, BASE):
         start(threads, lambda revision=revision: work(revision))  # type: ignore[misc]
-    until(lambda: len(done) == 3)
+    until(lambda: len(done) == 3, "all threads are through")
     assert wrong == []
 
 
-def test_nobody_gets_a_turn_on_a_revision_that_was_dropped(
+def test_no_step_runs_on_a_revision_that_was_dropped(
     weight_lock: WeightLock, alpha: Revision, beta: Revision
 ) -> None:
     weight_lock.drop(alpha)
@@ -172,7 +176,7 @@ def test_nobody_gets_a_turn_on_a_revision_that_was_dropped(
         assert weight_lock.slot.revision == beta
 
 
-def test_a_proof_leaves_its_revision_in_the_weights(
+def test_a_verified_commit_leaves_its_revision_in_the_weights(
     weight_lock: WeightLock, alpha: Revision
 ) -> None:
     receipt, verify_s = weight_lock.commit_and_verify(alpha)
@@ -181,7 +185,7 @@ def test_a_proof_leaves_its_revision_in_the_weights(
 
 
 @pytest.mark.parametrize("dropped", [False, True])
-def test_a_proof_that_fails_leaves_what_was_in_the_weights_before(
+def test_a_failed_verification_leaves_what_was_in_the_weights_before(
     weight_lock: WeightLock,
     alpha: Revision,
     beta: Revision,
@@ -190,7 +194,7 @@ def test_a_proof_that_fails_leaves_what_was_in_the_weights_before(
 ) -> None:
     with weight_lock.on(alpha):
         pass
-    if dropped:  # the last turn was somebody's who is gone
+    if dropped:  # after its last step
         weight_lock.drop(alpha)
 
     def fails() -> None:
@@ -206,11 +210,11 @@ def test_a_proof_that_fails_leaves_what_was_in_the_weights_before(
         assert weight_lock.slot.revision == beta
 
 
-def test_a_proof_waits_for_the_turn_that_runs(
+def test_a_verified_commit_waits_for_the_step_that_runs(
     weight_lock: WeightLock, alpha: Revision, beta: Revision, threads: list[threading.Thread]
 ) -> None:
     with weight_lock.on(alpha):
         start(threads, lambda: weight_lock.commit_and_verify(beta))
-        until(lambda: len(weight_lock._lock._waiting) == 1)
+        until(lambda: weight_lock.waiting == 1, "the commit waits for the lock")
         assert weight_lock.slot.revision == alpha
-    until(lambda: weight_lock.slot.revision == beta)
+    until(lambda: weight_lock.slot.revision == beta, "the commit is done")
