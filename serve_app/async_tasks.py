@@ -7,6 +7,6 @@ from typing import Any
 
 
 def retrieve_exception(task: asyncio.Future[Any]) -> None:
-    """A done callback: marks the exception as retrieved, so that asyncio does not log it."""
+    """A done callback that marks the exception as retrieved, so that asyncio does not log it."""
     if not task.cancelled():
         task.exception()

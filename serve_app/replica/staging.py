@@ -1,7 +1,7 @@
-"""What a replica brings next to its slot: each image fetched and staged once, while it is named.
+"""Fetches and stages each image once, and keeps it as long as the desired state refers to it.
 
-Between the control lane, which knows what shall be there, and the slot. A document that comes while
-an image is on its way does not send for it again.
+The reconciler asks for images by revision; the slot stages them. A new desired state does not
+restart a fetch that is in progress.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import ray
 
 from hotswap_lib import AdapterImage, Revision, Slot, Staged
+from serve_app.async_tasks import retrieve_exception
 from serve_app.wire.reports import Answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Brought:
-    """A staged image, and how long it took to fetch and to stage it."""
+class StagedImage:
+    """A staged image, and the times that fetching and staging took."""
 
     staged: Staged
     fetch_ms: float
@@ -27,9 +28,9 @@ class Brought:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _OnItsWay:
+class _Transfer:
     ref: ray.ObjectRef
-    task: asyncio.Task[Brought]
+    task: asyncio.Task[StagedImage]
 
 
 class Staging:
@@ -37,61 +38,64 @@ class Staging:
 
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
-        self._here: dict[str, _OnItsWay] = {}
+        self._transfers: dict[str, _Transfer] = {}
 
-    async def bring(self, name: str, answer: Answer) -> Brought:
-        """The staged image of `name`, fetched from `answer` unless it is here or on its way.
+    async def get(self, name: str, answer: Answer) -> StagedImage:
+        """Returns the staged image of `name`. Fetches it from `answer` unless that is under way.
 
-        Raises why the controller has no image of it, or whatever fetching and staging it raise.
+        Raises the controller's reason for having no image of it, and the errors of fetching and
+        staging.
         """
-        one = self._here.get(name)
-        if one is None or not _is_here(one.task):
+        transfer = self._transfers.get(name)
+        if transfer is None or not _succeeded(transfer.task):
             if name in answer.refused:
                 raise answer.refused[name]
-            one = self._send_for(name, answer.images[name])
-        return await asyncio.shield(one.task)
+            transfer = self._fetch(name, answer.images[name])
+        return await asyncio.shield(transfer.task)
 
     def revision(self, name: str) -> Revision | None:
-        """`name`, if its image is staged."""
-        one = self._here.get(name)
-        return one.task.result().staged.revision if one and _is_here(one.task) else None
+        """Returns the revision `name` if its image is staged."""
+        transfer = self._transfers.get(name)
+        if transfer is None or not _succeeded(transfer.task):
+            return None
+        return transfer.task.result().staged.revision
 
     def keep_only(self, names: AbstractSet[str]) -> None:
-        """Stop and free the rest; what the engine runs on, it keeps itself."""
-        for name in self._here.keys() - names:
+        """Forgets all other images. The engine keeps those that it runs on."""
+        for name in self._transfers.keys() - names:
             self.forget(name)
 
     def forget(self, name: str) -> None:
-        if (one := self._here.pop(name, None)) is not None:
-            one.task.cancel()
+        if (transfer := self._transfers.pop(name, None)) is not None:
+            transfer.task.cancel()
 
     async def close(self) -> None:
-        tasks = [one.task for one in self._here.values()]
+        tasks = [transfer.task for transfer in self._transfers.values()]
         self.keep_only(set())
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _send_for(self, name: str, ref: ray.ObjectRef) -> _OnItsWay:
-        one = self._here.get(name)
-        if one is not None and one.ref == ref and not one.task.done():
-            return one
+    def _fetch(self, name: str, ref: ray.ObjectRef) -> _Transfer:
+        transfer = self._transfers.get(name)
+        if transfer is not None and transfer.ref == ref and not transfer.task.done():
+            return transfer
         self.forget(name)
-        task = asyncio.create_task(self._bring(ref))
-        # whoever asked for it may have been stopped meanwhile, and nobody else looks at why
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self._here[name] = one = _OnItsWay(ref=ref, task=task)
-        return one
+        task = asyncio.create_task(self._fetch_and_stage(ref))
+        # the reconcile task that waits for it may be cancelled before it fails
+        task.add_done_callback(retrieve_exception)
+        self._transfers[name] = transfer = _Transfer(ref=ref, task=task)
+        return transfer
 
-    async def _bring(self, ref: ray.ObjectRef) -> Brought:
+    async def _fetch_and_stage(self, ref: ray.ObjectRef) -> StagedImage:
         began = time.monotonic()
         image: AdapterImage = await ref
         fetched = time.monotonic()
         staged = await asyncio.to_thread(self._slot.stage, image)
-        return Brought(
+        return StagedImage(
             staged=staged,
             fetch_ms=(fetched - began) * 1e3,
             stage_ms=(time.monotonic() - fetched) * 1e3,
         )
 
 
-def _is_here(task: asyncio.Task[Brought]) -> bool:
+def _succeeded(task: asyncio.Task[StagedImage]) -> bool:
     return task.done() and not task.cancelled() and task.exception() is None
