@@ -1,10 +1,10 @@
-"""What the control lane costs while nothing happens: CPU of replicas and controller at rest.
+"""The cost of the control loop at rest: CPU of replicas and controller without requests.
 
 `python -m benchmarks.lane [--json PATH] [--seconds 20] [--replicas 2]`
 
 Deploys the embedded model twice, with reports every 2 s (the default) and with reports every 60 s
-(as good as none), and takes the CPU time that the operating system counted for each process over
-the same span. The difference is the lane. Prints percent of one core.
+(practically none), and reads the CPU time of each process over the same span from the operating
+system. The difference is the cost of the reports. Prints percent of one core.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _measure(port: int, *, poll_s: float, replicas: int, seconds: float) -> dict
         pids = [r.pid for r in client.fleet().replicas if r.pid is not None]
     workers = [psutil.Process(pid) for pid in pids]
     controller = _controller()
-    time.sleep(5)  # the start's own work settles
+    time.sleep(5)  # until the work of the start is done
     before = [_cpu_s(p) for p in [*workers, controller]]
     time.sleep(seconds)
     after = [_cpu_s(p) for p in [*workers, controller]]
@@ -83,7 +83,7 @@ def _cpu_s(process: psutil.Process) -> float:
 
 def _show(rest: dict[float, dict[str, float]], path: Path | None) -> None:
     table = Table(title="CPU at rest, percent of one core")
-    for heading in ("process", "reports every 2 s", "every 60 s", "the lane"):
+    for heading in ("process", "reports every 2 s", "every 60 s", "the reports"):
         table.add_column(heading, justify="right")
     cost = {}
     for name in ("replica", "controller"):

@@ -1,12 +1,12 @@
-"""What a slot costs the model that runs: prepared against not, padded ranks against their own.
+"""The latency that a slot adds to a model: prepared against not, padded ranks against their own.
 
 ``python -m benchmarks.latency [--json PATH] [--rounds N] [--device DEVICE]``
 
-Compiled models, medians, all variants in turns in an order drawn anew for each round. ``prompt`` is
-a forward pass of 128 tokens, ``token`` one of 1 token. The first table is PEFT's model as it is
-against the same model after `prepare`, with the same adapter at its own rank. The second is one
-adapter of rank 8 in envelopes of higher ranks, against an envelope of rank 8: the price of a
-``max_rank`` that is never used. `hotswap inspect` says what padding costs in bytes.
+Compiled models, medians. Every round runs each variant once, in random order. ``prompt`` is a
+forward pass of 128 tokens, ``token`` one of 1 token. The first table compares PEFT's model with the
+same model after `prepare`, with the same adapter at its own rank. The second compares one adapter
+of rank 8 in envelopes of higher ranks with the same in an envelope of rank 8: the price of a
+``max_rank`` that is never used. `hotswap inspect` prints the cost of padding in bytes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Run = Callable[[], object]
 
 
 def build_base(device: str) -> torch.nn.Module:
-    """Two layers of the size of a small model's, so that a LoRA layer costs what it costs there."""
+    """Two layers of a small model's size, so that a LoRA layer costs as much as there."""
     config = transformers.LlamaConfig(
         vocab_size=256,
         hidden_size=768,
@@ -66,14 +66,14 @@ def save_adapter(base: torch.nn.Module, folder: Path, rank: int) -> Path:
 
 
 def prepared_over_plain(*, rounds: int, device: str, rank: int = 64) -> dict[str, float]:
-    """Length → latency of the prepared model over that of PEFT's own, same adapter and rank."""
+    """Length → latency of the prepared model / that of PEFT's, with the same adapter and rank."""
     base = build_base(device)
     with tempfile.TemporaryDirectory() as folder:
         path = save_adapter(base, Path(folder), rank)
         plain = [PeftModel.from_pretrained(copy.deepcopy(base), str(path)) for _ in range(3)]
         models = {
             "plain": plain[0].eval(),
-            # a second one, because two equal models differ by some percent for their memory alone
+            # two of them, because the memory layout alone makes equal models differ by some percent
             "plain again": plain[1].eval(),
             "prepared": prepare(plain[2]).model,
         }
@@ -87,7 +87,7 @@ def prepared_over_plain(*, rounds: int, device: str, rank: int = 64) -> dict[str
 
 
 def padded_over_own(*, rounds: int, device: str) -> dict[str, dict[str, float]]:
-    """Highest rank → length → latency over that in an envelope of the adapter's own rank, 8."""
+    """Highest rank → length → latency / that in an envelope of the adapter's own rank, 8."""
     base = build_base(device)
     models = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +105,7 @@ def padded_over_own(*, rounds: int, device: str) -> dict[str, dict[str, float]]:
 
 
 def _medians(models: dict[str, Any], *, rounds: int, device: str) -> dict[tuple[str, str], float]:
-    # every model is the same code to dynamo, which counts how often it compiles it
+    # to dynamo, all models are the same code, and it limits the compilations of one code
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = 2 * len(models) * len(LENGTHS)
     guard = CompileGuard()
@@ -142,7 +142,7 @@ def _forward(model: Any, ids: torch.Tensor) -> Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the result here, too")
+    parser.add_argument("--json", type=Path, help="write the result to this file, too")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Load with fixed seeds: what is asked and when, clients that ask it, and what they saw.
+"""Load with fixed seeds: prompts, arrival times, clients, and samples of their answers.
 
-``python -m benchmarks.load`` is the clients over HTTP in a process of their own: one JSON document
-on standard input says what to ask (`Job`), standard output gives a line for each answer. Imports
-neither torch nor ray, so that it starts at once. Times are seconds since the epoch, because another
-process has to know which requests met a swap.
+``python -m benchmarks.load`` runs the clients over HTTP in their own process: it reads one JSON
+document (`Job`) from standard input, and writes a line for each answer. Imports neither torch nor
+ray, so that it starts at once. Times are seconds since the epoch, so that another process can
+match requests with swaps.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 import httpx
 
-PROMPT_TOKENS = (24, 100)  # a prompt has as many as this to as many as that
-LOWEST_ID = 20  # those below are special in the embedded model
+PROMPT_TOKENS = (24, 100)  # in a prompt: lowest, highest
+LOWEST_ID = 20  # lower token ids are special in the embedded model
 TIMEOUT_S = 300.0
 
 Body = dict[str, Any]
@@ -30,12 +30,12 @@ Body = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One request. `due_at`: when it should have been sent. `error`: why it has no answer."""
+    """One request. `due_at`: its planned time. `error`: the reason if it has no answer."""
 
     index: int
     due_at: float
     ended_at: float
-    first_at: float | None = None  # of a stream: when the first event came
+    first_at: float | None = None  # of a stream: the time of the first event
     tokens: int = 0
     revision: str = ""
     token_ids: tuple[int, ...] = ()
@@ -43,7 +43,7 @@ class Sample:
 
     @property
     def latency_s(self) -> float:
-        """From when it was due, so that a client held up by slow answers does not hide them."""
+        """From the planned time, so that a client delayed by slow answers does not hide them."""
         return self.ended_at - self.due_at
 
     @property
@@ -53,10 +53,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What to ask over HTTP. Without `due_s`, `clients` ask one after the other (a closed loop).
+    """Requests over HTTP. Without `due_s`, each of `clients` waits for its answer (a closed loop).
 
-    `due_s`: for each body, how many seconds after the start to send it, whatever else is running
-    (an open loop). `endless`: the bodies again and again, until standard input ends.
+    `due_s`: for each body, the seconds after the start at which it is sent, however many requests
+    are running (an open loop). `endless`: repeat the bodies until standard input ends.
     """
 
     url: str
@@ -72,9 +72,10 @@ Ask = Callable[[int, Body, float], Awaitable[Sample]]
 
 
 def prompts(seed: int, number: int, *, vocabulary: int, salt: str = "") -> list[list[int]]:
-    """Random token ids of mixed lengths; no two prompts share a prefix that a cache could find.
+    """Random token ids of mixed lengths; no two prompts share a prefix that a cache could match.
 
-    `salt`: other tokens of the same lengths, for another way to ask the same engine.
+    `salt`: selects other tokens of the same lengths, so that the next measurement of the same
+    engine finds nothing in its cache.
     """
     lengths, ids = random.Random(seed), random.Random(f"{seed} {salt}")
     return [
@@ -88,7 +89,7 @@ def completions(asked: Iterable[list[int]], *, max_tokens: int) -> list[Body]:
 
 
 def arrivals(seed: int, *, per_second: float, seconds: float) -> list[float]:
-    """Poisson arrivals: when each is due, in seconds after the start."""
+    """Poisson arrivals: the planned time of each, in seconds after the start."""
     order = random.Random(seed)
     due, at = [], order.expovariate(per_second)
     while at < seconds:
@@ -100,7 +101,7 @@ def arrivals(seed: int, *, per_second: float, seconds: float) -> list[float]:
 async def closed_loop(
     ask: Ask, bodies: Sequence[Body], *, clients: int, stop: threading.Event | None = None
 ) -> list[Sample]:
-    """Each client asks again when it has its answer; with `stop`, until that is set."""
+    """Each client sends its next request after its answer; with `stop`, until that is set."""
     numbers = count()
     samples: list[Sample] = []
 
@@ -132,7 +133,7 @@ def over_http(client: httpx.AsyncClient, *, stream: bool) -> Ask:
     async def ask(index: int, body: Body, due_at: float) -> Sample:
         try:
             seen = await (_streamed if stream else _whole)(client, body)
-        except Exception as error:  # whatever it was, somebody went without an answer
+        except Exception as error:  # any error is a request without an answer
             why = f"{type(error).__name__}: {error}"[:300]
             return Sample(index=index, due_at=due_at, ended_at=time.time(), error=why)
         return Sample(index=index, due_at=due_at, ended_at=time.time(), **seen)
@@ -152,7 +153,7 @@ async def _whole(client: httpx.AsyncClient, body: Body) -> dict[str, Any]:
 
 
 def seen_in(document: Body) -> dict[str, Any]:
-    """A whole answer, as the fields of a `Sample`."""
+    """The fields of a `Sample` from a complete answer."""
     return {
         "tokens": document["usage"]["completion_tokens"],
         "revision": document["system_fingerprint"],
@@ -187,7 +188,7 @@ async def _run(job: Job, stop: threading.Event | None) -> list[Sample]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=job.url, timeout=TIMEOUT_S, limits=limits) as client:
         ask = over_http(client, stream=job.stream)
-        # a connection that is already there, for a start that is like the rest
+        # opens a connection, so that the first request is like the others
         await client.get("/health")
         if job.due_s is not None:
             return await open_loop(ask, job.bodies, job.due_s)

@@ -1,10 +1,10 @@
-"""How much memory a swap takes beyond the fleet at rest, in images.
+"""The memory that a swap takes beyond the memory at rest, in images.
 
 `python -m benchmarks.memory [--json PATH] [--swaps 40]`
 
-One process does the controller's part (load and pack) and then a replica's (stage and commit),
-while a thread samples its unique set size. At rest it holds the slot, the live and the previous
-image. The bar: at most two images more at any moment, and nothing left after many swaps.
+One process does the controller's part (load and pack), then a replica's (stage and commit), while
+a thread samples its unique set size. At rest it holds the slot, the live and the previous image.
+The bar: at most two more images at any moment, and no growth after many swaps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
-    _count_only_what_is_in_use()
+    _return_freed_memory()
     base = build_base("cpu")
     with tempfile.TemporaryDirectory() as folder:
         paths = save_adapters(base, Path(folder))
@@ -50,32 +50,32 @@ def main() -> None:
 
 
 def growth_images(slot: Slot, paths: list[Path], *, swaps: int) -> float:
-    """The memory that this many swaps from disk leave behind, in images of the slot."""
-    _count_only_what_is_in_use()
-    for path in paths * 2:  # what is made once is made here
+    """The growth of memory after this many swaps from disk, in images of the slot."""
+    _return_freed_memory()
+    for path in paths * 2:  # one-time allocations happen here
         slot.commit(slot.stage(pack(path, slot.layout)))
     rest = _uss_at_rest()
-    for turn in range(swaps - swaps % len(paths)):  # ends on the adapters that it began with
+    for turn in range(swaps - swaps % len(paths)):  # the last round is complete
         slot.commit(slot.stage(pack(paths[turn % len(paths)], slot.layout)))
     return (_uss_at_rest() - rest) / slot.layout.nbytes
 
 
-def _count_only_what_is_in_use() -> None:
-    # large blocks go back to the system when they are freed
+def _return_freed_memory() -> None:
+    # malloc returns large blocks to the system when they are freed, so that USS does not count them
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _measure(slot: Slot, paths: list[Path], *, swaps: int) -> dict[str, float]:
     image_bytes = slot.layout.nbytes
-    biggest = paths[-1]  # at the envelope's own rank, so nothing of it is padding
+    biggest = paths[-1]  # at the envelope's own rank, so without padding
     rest = _uss_at_rest()
     with _peak() as controller:
         image = pack(biggest, slot.layout)
-    received = _uss_at_rest()  # in a fleet this one is in shared memory, once for a whole node
+    received = _uss_at_rest()  # in a fleet this image is in shared memory, once for each node
     with _peak() as replica:
         slot.commit(slot.stage(image))
     del image
-    for turn in range(swaps - swaps % len(paths)):  # ends on the adapters that it began with
+    for turn in range(swaps - swaps % len(paths)):  # the last round is complete
         slot.commit(slot.stage(pack(paths[turn % len(paths)], slot.layout)))
     return {
         "image_mb": image_bytes / 1e6,
@@ -105,7 +105,7 @@ def _peak() -> Iterator[list[int]]:
 
 
 def _uss_at_rest() -> int:
-    """After returning to the system what was freed: earlier work must not pay for later work."""
+    """After returning freed memory to the system, so that it does not hide later allocations."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return _uss()

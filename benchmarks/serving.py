@@ -1,17 +1,18 @@
-"""Tokens, latency and right answers of the whole application, each against its peer in this run.
+"""Throughput, latency and correctness of the whole application, each compared with its peer.
 
 ``python -m benchmarks.serving [--json [PATH]] [--quick] [--only ROW ...]``
 
-Throughput is a closed loop over prompts of 24 to 100 random tokens, greedy, on the embedded model:
-through a Serve handle against transformers' own continuous batching over an unprepared PEFT model,
-over HTTP against the handle, with a canary against without. Latency is an open loop over HTTP:
-requests that met a rolling swap against those of the same run that met none. Every answer given
-while the fleet swaps is compared with plain PEFT. Then, in process: the price against merged
-weights, what a step takes compiled and not, what a replica's start takes with a compile cache.
+Throughput is measured in a closed loop with prompts of 24 to 100 random tokens, greedy, on the
+embedded model: through a Serve handle against transformers' own continuous batching over an
+unprepared PEFT model, over HTTP against the handle, with a canary against without. Latency is
+measured in an open loop over HTTP: requests that met a rolling swap against requests of the same
+run that met none. Every answer during swaps is compared with plain PEFT. Then, in one process: the
+throughput against merged weights, the time of a step with and without compilation, and the start of
+a replica with and without a compile cache.
 
-All seeds are fixed, everything is warmed up, what is compared takes turns. The exit code is 1 when
-a request failed or an answer was wrong, else 0: a bar may be missed on a machine that does other
-things too.
+All seeds are fixed, everything is warmed up, and compared variants alternate. The exit code is 1 if
+a request failed, an answer was wrong or a row could not be measured, else 0: a missed bar may be
+the fault of a busy machine.
 """
 
 from __future__ import annotations
@@ -62,16 +63,16 @@ COLORS = {"held": "green", "missed": "yellow", "reported": "dim", "failed": "bol
 
 
 def starts(world: World) -> Iterator[Figure]:
-    """What it takes a replica to be ready, with an empty and with a filled compile cache."""
+    """The start of a replica, with an empty and with a filled compile cache."""
     own = replace(world, **_tiny(world)) if world.effort.start_model else world
     uri = world.folder / "shared-compiled"
-    seen = {}
+    measured = {}
     for state in ("empty", "filled"):
         cache = fresh_cache(own, f"cache-{state}")  # as on another node
         given = {"replicas": 1, "torch_threads": cores(), "compile_cache_uri": str(uri)}
         with fleet(own, cache=cache, **given) as running:
-            [seen[state]] = running.starts()
-    empty, filled = seen["empty"], seen["filled"]
+            [measured[state]] = running.starts()
+    empty, filled = measured["empty"], measured["filled"]
     yield Figure(
         name="warm-up of a replica, filled / empty compile cache",
         value=filled.warm_up_s / empty.warm_up_s,
@@ -79,7 +80,7 @@ def starts(world: World) -> Iterator[Figure]:
         says=f"{filled.warm_up_s:.1f} s ({filled.compile_cache}) / {empty.warm_up_s:.1f} s "
         f"({empty.compile_cache}); loading {filled.load_s:.1f} / {empty.load_s:.1f} s"
         + (", a tiny model" if own is not world else ""),
-        detail={state: start.model_dump() for state, start in seen.items()},
+        detail={state: start.model_dump() for state, start in measured.items()},
     )
 
 
@@ -109,7 +110,7 @@ NAMES = tuple(row for names, _ in GROUPS for row in names)
 
 
 def run(world: World, only: Sequence[str], console: Console) -> tuple[list[Figure], list[str]]:
-    """The figures, and why some are missing."""
+    """The figures, and the errors of rows that could not be measured."""
     figures: list[Figure] = []
     broken: list[str] = []
     began = time.monotonic()
@@ -119,7 +120,7 @@ def run(world: World, only: Sequence[str], console: Console) -> tuple[list[Figur
         console.print(f"{time.monotonic() - began:6.0f} s  {', '.join(wanted)}", style="dim")
         try:
             figures += rows(world, wanted)
-        except Exception as error:  # the others are worth as much without these
+        except Exception as error:  # the other rows do not depend on these
             console.print_exception()
             broken.append(f"{', '.join(wanted)}: {type(error).__name__}: {error}")
     return figures, broken
@@ -193,10 +194,12 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="every row, with few samples")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="ROW")
-    parser.add_argument("--model", default=EMBEDDED, help="another one, with random adapters")
+    parser.add_argument("--model", default=EMBEDDED, help="another model, with random adapters")
     parser.add_argument("--random-1b", action="store_true", help="1.1 B random weights, bfloat16")
-    parser.add_argument("--eager", action="store_true", help="compile nothing, to try this out")
-    parser.add_argument("--concurrency", type=int, nargs="+", help="default: 32, on a GPU 128 too")
+    parser.add_argument("--eager", action="store_true", help="without compilation, for a quick try")
+    parser.add_argument(
+        "--concurrency", type=int, nargs="+", help="default: 32, and on a GPU also 128"
+    )
     return parser.parse_args()
 
 
@@ -207,12 +210,12 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     console = Console(stderr=asked.json == "-")
-    # only throughput is measured with each; the last one is for all
+    # throughput is measured at each level, the other rows at the last alone
     levels = asked.concurrency or ([128, 32] if torch.cuda.is_available() else [32])
     began = time.monotonic()
     figures, broken = [], []
     folders = tempfile.TemporaryDirectory(prefix="hotswap-bench-")
-    # Ray prints what it thinks of a Serve that was shut down, and standard output is for the result
+    # Ray prints about a Serve that was shut down, and standard output is for the result
     with folders as folder, contextlib.redirect_stdout(sys.stderr):
         world = make_world(
             model=asked.model,

@@ -1,8 +1,8 @@
-"""The peer: transformers' own continuous batching over a model as PEFT, or a merge, leaves it.
+"""The peer: transformers' own continuous batching over an unprepared PEFT model or a merged one.
 
-``python -m benchmarks.serving_bare`` is one in a process of its own, as a replica is: the first
-line on standard input is what to serve (`Bare`), each further line prompts to answer, and standard
-output has a line for each. It sleeps in between.
+``python -m benchmarks.serving_bare`` runs one in its own process, like a replica: the first line on
+standard input is the model (`Bare`), each further line has prompts, and standard output has a line
+for each. It sleeps in between.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bare:
-    """What a bare manager runs, with the engine's own sizes; all else is transformers' default."""
+    """Model and sizes of a bare manager: the engine's own sizes, else transformers' defaults."""
 
     base: str
     adapter: str
@@ -56,7 +56,7 @@ def bare(world: World, *, threads: int) -> Bare:
 
 
 def plain_peft(what: Bare) -> Any:
-    """PEFT's model at the adapter's own rank: nothing prepared, nothing compiled."""
+    """PEFT's model at the adapter's own rank, neither prepared nor compiled."""
     base = AutoModelForCausalLM.from_pretrained(what.base, dtype="auto", attn_implementation="sdpa")
     model = PeftModel.from_pretrained(base, what.adapter).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,7 +65,7 @@ def plain_peft(what: Bare) -> Any:
 def manager_of(
     model: Any, what: Bare, kind: type[Any] = ContinuousBatchingManager
 ) -> Any:  # ContinuousBatchingManager
-    """Over the model inside a PEFT model, or a merged one."""
+    """A manager over a merged model, or over the model inside a PEFT model."""
     inner = model.base_model.model if isinstance(model, PeftModel) else model
     eos = inner.generation_config.eos_token_id
     return kind(
@@ -85,7 +85,7 @@ def manager_of(
 def saturate(
     manager: Any, asked: Sequence[list[int]], *, clients: int, max_tokens: int
 ) -> dict[str, float]:
-    """Closed loop: as soon as one of `clients` has its answer, the next prompt. Tokens, seconds."""
+    """Closed loop: each of `clients` sends the next prompt after its answer. Tokens, seconds."""
     left = list(reversed(asked))
     began = time.perf_counter()
 
@@ -106,7 +106,7 @@ def saturate(
 
 
 class BareProcess:
-    """A bare manager over PEFT's model in a process of its own."""
+    """A bare manager over PEFT's model, in its own process."""
 
     def __init__(self, what: Bare) -> None:
         self._process = subprocess.Popen(
@@ -116,7 +116,7 @@ class BareProcess:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._say(asdict(what))
+        self._exchange(asdict(what))
 
     def __enter__(self) -> BareProcess:
         return self
@@ -134,9 +134,9 @@ class BareProcess:
     def saturate(
         self, asked: Sequence[list[int]], *, clients: int, max_tokens: int
     ) -> dict[str, float]:
-        return self._say({"asked": list(asked), "clients": clients, "max_tokens": max_tokens})
+        return self._exchange({"asked": list(asked), "clients": clients, "max_tokens": max_tokens})
 
-    def _say(self, document: dict[str, Any]) -> dict[str, float]:
+    def _exchange(self, document: dict[str, Any]) -> dict[str, float]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(document) + "\n")

@@ -1,4 +1,4 @@
-"""What a serving benchmark says: a figure, the bar it is held to, and the statistics behind it."""
+"""Figures of the serving benchmarks, their bars, and the statistics behind them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Windows = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One measured value. `detail`: what it was made of, for the JSON. `says`: a remark."""
+    """One measured value. `detail`: the values behind it, for the JSON. `says`: a remark."""
 
     name: str
     value: float
@@ -39,7 +39,7 @@ def verdict(bar: str, value: float) -> Verdict:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that so many percent do not exceed; nan of nothing."""
+    """The smallest value that `percent` of the values do not exceed; nan without values."""
     if not values:
         return float("nan")
     rank = -(-len(values) * percent // 100)
@@ -47,12 +47,12 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def paired(one: Sequence[float], other: Sequence[float]) -> float:
-    """The median of the ratios of what was measured in the same round."""
+    """The median of the ratios within each round."""
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
 def split(samples: Sequence[Sample], windows: Windows) -> tuple[list[Sample], list[Sample]]:
-    """Requests that ran while a swap did, and those that met none."""
+    """The requests that ran during a swap at any time, and the others."""
     during = [s for s in samples if _met(s.due_at, s.ended_at, windows)]
     met = {id(s) for s in during}
     return during, [s for s in samples if id(s) not in met]
@@ -61,10 +61,10 @@ def split(samples: Sequence[Sample], windows: Windows) -> tuple[list[Sample], li
 def split_by_arrival(
     samples: Sequence[Sample], windows: Windows
 ) -> tuple[list[Sample], list[Sample]]:
-    """The same, but by when a request was due alone.
+    """The same, but by the planned time of a request alone.
 
-    A slow request meets more swaps for being slow. So here every request counts as if it had taken
-    the median time.
+    A slow request is more likely to meet a swap. Here every request counts as if it had taken the
+    median time.
     """
     usual_s = percentile([s.latency_s for s in samples], 50)
     during = [s for s in samples if _met(s.due_at, s.due_at + usual_s, windows)]

@@ -1,4 +1,4 @@
-"""A fleet for as long as a benchmark needs it: Ray, Serve, the application; then nothing."""
+"""A fleet for the time of a benchmark: Ray, Serve and the application, started and stopped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from serve_app.wire.admin import FleetView, RolloutView, StartView
 ROOT = Path(__file__).resolve().parent.parent
 APP = "bench"
 MODEL, CONTROLLER = "Model", "RolloutController"
-_RAY_CPUS = 16  # what the fleet reserves, not what it uses: torch_threads says that
+_RAY_CPUS = 16  # reserved, not used; torch_threads sets the use
 
 
 class NotSwapped(Exception):
@@ -37,10 +37,10 @@ class NotSwapped(Exception):
 
 @dataclass(frozen=True)
 class Fleet:
-    """A running application, asked through its handles or over HTTP."""
+    """A running application, used through its handles or over HTTP."""
 
     url: str
-    name: str  # what clients call the model
+    name: str  # of the model, in requests
     model: Any
     controller: Any
 
@@ -56,7 +56,7 @@ class Fleet:
         return asyncio.run(closed_loop(self._through_handle, bodies, clients=clients))
 
     def swap(self, adapter: Path, *, in_flight: str) -> tuple[float, float]:
-        """Move the whole fleet. Returns when that began and ended. Raises `NotSwapped`."""
+        """Swap the whole fleet. Returns the times of its start and end. Raises `NotSwapped`."""
         plan = {"adapter": str(adapter), "strategy": "rolling", "in_flight": in_flight}
         rollout: RolloutView = self.controller.start_rollout.remote(plan).result()
         while not rollout.ended:
@@ -78,7 +78,7 @@ class Fleet:
 
 @contextmanager
 def fleet(world: World, *, cache: Path | None = None, **settings: Any) -> Iterator[Fleet]:
-    """The application on a Ray cluster of its own. `cache`: its `$HOTSWAP_CACHE`."""
+    """The application on its own Ray cluster. `cache`: its `$HOTSWAP_CACHE`."""
     chosen = {"num_cpus": 0.1, "state_uri": str(_new_folder(world)), **world.settings, **settings}
     with _environment({"HOTSWAP_CACHE": None if cache is None else str(cache)}), _port() as port:
         try:
@@ -95,9 +95,9 @@ def fleet(world: World, *, cache: Path | None = None, **settings: Any) -> Iterat
 
 @contextmanager
 def _port() -> Iterator[int]:
-    """A Ray cluster with Serve; the port that it listens on."""
+    """A Ray cluster with Serve; yields its port."""
     ray.init(
-        address="local",  # never somebody else's
+        address="local",  # never a cluster that runs already
         num_cpus=_RAY_CPUS,
         include_dashboard=False,
         log_to_driver=False,
@@ -115,7 +115,7 @@ def _port() -> Iterator[int]:
 
 
 def leave_in_order() -> None:
-    """A SIGTERM ends this process as a Ctrl-C does, with everything that it started."""
+    """Makes SIGTERM end this process like Ctrl-C, with everything that it started."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
@@ -138,11 +138,13 @@ def _set(values: dict[str, str | None] | dict[str, str]) -> None:
 
 
 def _new_folder(world: World) -> Path:
-    return world.folder / f"state-{time.time_ns()}"  # no journal of an earlier fleet is resumed
+    return (
+        world.folder / f"state-{time.time_ns()}"
+    )  # so that the journal of an earlier fleet is not resumed
 
 
 class HttpLoad:
-    """`benchmarks.load` in a process of its own; its process is gone after `samples`, or `kill`."""
+    """`benchmarks.load` in its own process, which has ended after `samples` or `__exit__`."""
 
     def __init__(self, job: Job) -> None:
         self._process = subprocess.Popen(
@@ -165,11 +167,11 @@ class HttpLoad:
             self._process.communicate()
 
     def samples(self) -> list[Sample]:
-        """Everything, once it has ended; an endless job ends now."""
-        said, _ = self._process.communicate()
+        """All samples, after the load has ended; an endless job ends now."""
+        output, _ = self._process.communicate()
         if self._process.returncode:
             raise RuntimeError(f"the load ended with {self._process.returncode}")
-        return [Sample(**_read(line)) for line in said.splitlines()]
+        return [Sample(**_read(line)) for line in output.splitlines()]
 
 
 def _read(line: str) -> dict[str, Any]:

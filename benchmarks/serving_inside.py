@@ -1,6 +1,6 @@
-"""Inside one process, without Serve: what being swappable costs, what lanes do, what to compile.
+"""In one process, without Serve: the price of a slot, the work of lanes, the choice of compilation.
 
-Nothing of this is held to a bar; it says where the throughput of the other rows comes from.
+These rows have no bar; they explain the throughput of the other rows.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from serve_app.replica.loading import load
 from serve_app.settings import parse
 
 BATCHES = (1, 8, 32)
-STEPS = 8  # measured in a row before it is another variant's turn
-_FIRST_STEPS = 2  # of a run: prompts are in them
-_STEP_PROMPT = 4  # tokens; the prompts of the biggest batch fit in one step
+STEPS = 8  # measured in a row, then another variant follows
+_FIRST_STEPS = 2  # of a run: they process prompts
+_STEP_PROMPT = 4  # tokens; the prompts of the largest batch fit in one step
 _GREEDY = SamplingParams(temperature=0.0)
 
 
 @contextmanager
 def _own_compiler() -> Iterator[None]:
-    """Every model is the same code to dynamo, which counts how often it compiles it."""
+    """Raises dynamo's limit: all models are the same code to it, compiled once for each."""
     torch.set_num_threads(cores())
     torch.compiler.reset()
     with torch._dynamo.config.patch(recompile_limit=64):
@@ -50,7 +50,7 @@ def _own_compiler() -> Iterator[None]:
     gc.collect()
 
 
-# ---- the engine, in hand ------------------------------------------------------------------------
+# ---- the engine without Serve -------------------------------------------------------------------
 
 
 class InHand:
@@ -72,7 +72,7 @@ class InHand:
         self._runner.close()
 
     def hold(self, world: World) -> str:
-        """The canary beside the default; returns its revision."""
+        """Loads the canary; returns its revision."""
         image = pack(str(world.adapters[1]), self.slot.layout)
         self._runner.run(self.engine.add(self.slot.stage(image)))
         return str(image.revision)
@@ -94,11 +94,11 @@ class InHand:
                 tokens += await self._answer(*left.pop(), max_tokens)
             return tokens
 
-        async def everybody() -> int:
+        async def all_clients() -> int:
             return sum(await asyncio.gather(*(client() for _ in range(clients))))
 
         began = time.perf_counter()
-        tokens = self._runner.run(everybody())
+        tokens = self._runner.run(all_clients())
         return {"tokens": tokens, "seconds": time.perf_counter() - began}
 
     async def _answer(self, ids: list[int], pin: str | None, max_tokens: int) -> int:
@@ -109,10 +109,10 @@ class InHand:
 
 @dataclass
 class Counted:
-    """What the lanes of an engine did: the requests in each step, and what commits took."""
+    """The work of an engine's lanes: the requests and time of each step, the time of commits."""
 
     batches: list[list[int]]
-    step_s: list[list[float]]  # with the wait for the other lane's turn
+    step_s: list[list[float]]  # with the wait for the weight lock
     commit_s: list[float] = field(default_factory=list)
 
     def document(self, seconds: float) -> dict[str, Any]:
@@ -134,6 +134,7 @@ class Counted:
 
 @contextmanager
 def counting(engine: CausalEngine) -> Iterator[Counted]:
+    """Counts steps and commits. Patches private methods: nothing public runs at each step."""
     managers = engine.managers
     counted = Counted(batches=[[] for _ in managers], step_s=[[] for _ in managers])
     commit = Slot.commit
@@ -164,7 +165,7 @@ def counting(engine: CausalEngine) -> Iterator[Counted]:
 
 
 def lanes(world: World) -> Iterator[Figure]:
-    """Where the throughput of a 10 % canary goes."""
+    """The throughput of a 10 % canary, by lane."""
     effort = world.effort
     with _own_compiler():
         hand = InHand(world)
@@ -207,7 +208,7 @@ def lanes(world: World) -> Iterator[Figure]:
     )
 
 
-# ---- the price of being swappable ---------------------------------------------------------------
+# ---- the price of a slot ------------------------------------------------------------------------
 
 
 def merged(world: World) -> Iterator[Figure]:
@@ -242,7 +243,7 @@ def merged(world: World) -> Iterator[Figure]:
         name="tokens/s, engine / merged weights",
         value=paired(speeds["engine"], speeds["merged"]),
         unit="x",
-        says="the price of being swappable, in process; "
+        says="the price of a slot, in process; "
         + " / ".join(f"{statistics.median(values):.0f}" for values in speeds.values())
         + " tokens/s"
         + (f"; {guard.recompiles} compilations while measured" if guard.recompiles else ""),
@@ -251,14 +252,14 @@ def merged(world: World) -> Iterator[Figure]:
 
 
 def _warm_up(manager: Any) -> None:
-    """Every kind of step, as the engine does it: compiled code is another for a size of 1."""
+    """Runs every kind of step, like the engine: a batch of 1 has compiled code of its own."""
     short, long = [1, 2, 3, 4], list(range(5, 5 + 2 * PAGE_TOKENS))
     for asked in ([[1]], [short], [short, long], [long] * 3):
         saturate(manager, asked, clients=len(asked), max_tokens=4)
 
 
 def _compile_layers(model: Any) -> None:
-    """As the engine does it."""
+    """Compiles like the engine."""
     assert make_opaque(model)
     compile_layers(model)
 
@@ -274,7 +275,7 @@ def _of(manager: Any) -> Callable[..., dict[str, float]]:
 
 
 class _Timed(ContinuousBatchingManager):  # type: ignore[misc]
-    """Remembers for each step how many requests were in it, and how long it took."""
+    """Records the requests and the seconds of each step."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(**how)
@@ -289,7 +290,7 @@ class _Timed(ContinuousBatchingManager):  # type: ignore[misc]
         self.steps.append((batch, time.perf_counter() - began))
 
     def run(self, batch: int) -> list[float]:
-        """Seconds of the steps in which so many requests generated a token each."""
+        """Seconds of the steps in which `batch` requests generated one token each."""
         self.steps.clear()
         asked = [[100 + i] * _STEP_PROMPT for i in range(batch)]
         saturate(self, asked, clients=batch, max_tokens=STEPS + _FIRST_STEPS + 1)
@@ -297,7 +298,7 @@ class _Timed(ContinuousBatchingManager):  # type: ignore[misc]
 
 
 def steps(world: World) -> Iterator[Figure]:
-    """What a step takes with nothing, with small regions, and with whole layers compiled."""
+    """The time of a step without compilation, with compiled layers, with compiled regions."""
     what = bare(world, threads=cores())
     with _own_compiler():
         models = {

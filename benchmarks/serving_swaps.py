@@ -1,9 +1,9 @@
-"""What clients notice of swaps: latency while the fleet moves, and whether every answer is right.
+"""The effect of swaps on clients: latency while the fleet swaps, and the correctness of answers.
 
 Two replicas of one thread each. Latency is measured in an open loop, with Poisson arrivals at 40 %
-of what the fleet can do, so that a slow moment is not hidden by clients who wait for it. Swaps are
-so far apart that most requests meet none: those are what the others are compared with. Answers
-are compared with plain PEFT, for questions of which it is sure.
+of the fleet's capacity, so that a slow moment is not hidden by clients that wait for it. Swaps are
+so far apart that most requests meet none; requests that meet one are compared with those. Answers
+are compared with plain PEFT, for questions with a clear best token at every step.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from benchmarks.serving_world import World
 from examples.demo_load import MAX_TOKENS, QUESTIONS
 from examples.demo_reference import references
 
-LOAD = 0.4  # of the measured capacity, which is that of large batches
+LOAD = 0.4  # share of the measured capacity, that of large batches
 REPLICAS = 2
-BETWEEN_S = 1.0  # two swaps under which answers are compared: some begin, run and end in between
-CLIENTS = 8  # of the load under which answers are compared
+BETWEEN_S = 1.0  # swaps while answers are compared: some requests meet no swap
+CLIENTS = 8  # while answers are compared
 BARS = {"overlap": "≤ 1.2", "drain": "≤ 2.0"}
 MEASURES = {"latency": "latency_{}_s", "time to first token": "first_token_{}_s"}
 
 
 def swaps(world: World, rows: Sequence[str]) -> Iterator[Figure]:
     """`overlap` and `drain`: latency under each. `exact`: failed or mismatched answers."""
-    seen: list[Sample] = []
-    turns = itertools.cycle([*world.adapters[1:], world.first])  # never the one that it holds
+    sent: list[Sample] = []
+    turns = itertools.cycle([*world.adapters[1:], world.first])  # never the current one
     with _two_replicas(world) as running:
         if per_second := _rate(world, running) if {"overlap", "drain"} & set(rows) else 0.0:
             for policy in ("overlap", "drain"):
                 if policy in rows:
                     samples, windows = _open_loop(world, running, policy, per_second, turns)
-                    seen += samples
+                    sent += samples
                     yield from _latency_figures(policy, samples, windows, per_second)
-            errors = [s.error for s in seen if s.error is not None]
-            yield _failures("failed requests, open loop", len(seen), errors)
+            errors = [s.error for s in sent if s.error is not None]
+            yield _failures("failed requests, open loop", len(sent), errors)
         policies = ("overlap", "drain") if "exact" in rows else ()
         answers = {policy: _steady(world, running, policy, turns) for policy in policies}
-    # the references only now, when the fleet has given cores and memory back
+    # the references only now: the fleet has freed its cores and memory
     yield from _exact_figures(world, answers)
 
 
@@ -70,7 +70,7 @@ def _two_replicas(world: World) -> Iterator[Fleet]:
 
 
 def _rate(world: World, running: Fleet) -> float:
-    """Requests per second at `LOAD` of the capacity, the closed loop's."""
+    """Requests per second at `LOAD` of the capacity, which is measured in a closed loop."""
     effort, clients = world.effort, world.concurrency
     samples: list[Sample] = []
     for seed, number in ((-1, clients), (-2, 2 * clients)):  # the first one warms up
@@ -137,7 +137,7 @@ def _over(one: float, other: float) -> float:
 
 
 def _steady(world: World, running: Fleet, policy: str, turns: Iterator[Path]) -> list[Sample]:
-    """What clients were told while the fleet moved `swaps` times, half of them in streams."""
+    """The answers while the fleet swapped `swaps` times, half of them as streams."""
     bodies: list[Body] = [
         {
             "messages": [{"role": "user", "content": question}],
@@ -180,7 +180,7 @@ def _wrong(sample: Sample, expected: dict[tuple[str, str], tuple[int, ...]]) -> 
     question = QUESTIONS[sample.index % len(QUESTIONS)]
     right = expected.get((sample.revision, question))
     if expected and sample.token_ids != right:
-        return f"{question!r} on {sample.revision}: {sample.token_ids}, should be {right}"
+        return f"{question!r} on {sample.revision}: {sample.token_ids}, expected {right}"
     return None
 
 

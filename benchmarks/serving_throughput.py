@@ -1,7 +1,7 @@
-"""Throughput of one replica: through a handle, over HTTP, with a canary, against its peer.
+"""Throughput of one replica: through a handle, over HTTP, with a canary, and of its peer.
 
-Every way is measured in every round, one after the other, with the same prompts; a ratio is the
-median of its rounds. While one runs, the others sleep.
+Each round measures every way once, one after the other, with prompts of the same lengths; a ratio
+is the median over the rounds. While one runs, the others sleep.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.serving_fleet import Fleet, fleet, over_http
 from benchmarks.serving_world import World, model_cores
 
 CANARY = "canary"
-EVERY = 10  # one request in so many names the canary
+EVERY = 10  # every tenth request names the canary
 
 Prompts = list[list[int]]
 Way = Callable[[Prompts, int], tuple[float, float]]
@@ -29,7 +29,7 @@ Way = Callable[[Prompts, int], tuple[float, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """One row: tokens/s of one way over that of another, in the same rounds."""
+    """One row: tokens/s of one way / tokens/s of another, in the same rounds."""
 
     name: str
     one: str
@@ -47,7 +47,7 @@ RATIOS = {
 
 @dataclass
 class Speeds:
-    """Way → tokens per second in each round; and every request that got no answer."""
+    """Way → tokens per second in each round; and the errors of failed requests."""
 
     per_second: dict[str, list[float]]
     tokens: dict[str, list[float]]
@@ -90,7 +90,7 @@ def measure(world: World, ways: dict[str, Way]) -> Speeds:
     for turn in range(-1, effort.rounds):  # the first one warms up, with fewer tokens
         order.shuffle(turns)
         for way in turns:
-            # the same lengths, and no prompt that the engine's cache has seen
+            # the same lengths, and no prompt that is in the engine's cache
             asked = prompts(turn, effort.requests, vocabulary=world.vocabulary, salt=way)
             tokens, seconds = ways[way](asked, effort.tokens if turn >= 0 else 4)
             if turn >= 0:
@@ -146,9 +146,9 @@ def with_canary(bodies: Sequence[Body], model: str) -> list[Body]:
 
 def _bare(world: World, peer: BareProcess) -> Way:
     def ask(asked: Prompts, max_tokens: int) -> tuple[float, float]:
-        said: dict[str, Any] = peer.saturate(
+        result: dict[str, Any] = peer.saturate(
             asked, clients=world.concurrency, max_tokens=max_tokens
         )
-        return said["tokens"], said["seconds"]
+        return result["tokens"], result["seconds"]
 
     return ask

@@ -1,4 +1,4 @@
-"""What the serving benchmarks serve: a model, adapters for it, and how much of it to measure."""
+"""The model and the adapters of the serving benchmarks, and the number of measurements."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from serve_app.replica import embedded_model as embedded
 from serve_app.settings import EMBEDDED, Settings
 
-ADAPTERS = ("pirate", "terse_json", "shakespeare")  # the first is what is measured with
-PAGE_TOKENS = 32  # of the cache, as serve_app.generation has it
-REQUEST_TOKENS = 5 * PAGE_TOKENS  # in which the longest prompt and its answer fit
+ADAPTERS = ("pirate", "terse_json", "shakespeare")  # throughput is measured with the first
+PAGE_TOKENS = 32  # of the KV cache, as in the engine
+REQUEST_TOKENS = 5 * PAGE_TOKENS  # room for the longest prompt and its answer
 # 1.1 billion parameters: the shape of TinyLlama, with the embedded model's vocabulary
 SHAPE_1B = {
     "hidden_size": 2048,
@@ -40,7 +40,7 @@ SHAPE_TINY = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much to measure. `tokens`: of each answer where throughput is what counts."""
+    """The number of measurements. `tokens`: of each answer, for throughput."""
 
     rounds: int
     requests: int
@@ -50,7 +50,7 @@ class Effort:
     load_tokens: int
     swaps: int  # of the whole fleet, for each policy
     step_rounds: int
-    start_model: str | None  # what the start times are taken with; None: what is served
+    start_model: str | None  # for the start times; None: the served one
 
 
 FULL = Effort(
@@ -79,7 +79,7 @@ QUICK = Effort(
 
 @dataclass(frozen=True)
 class World:
-    """`model`: the setting. `base`: its folder. `exact`: reference answers can be had for it."""
+    """`model`: the setting. `base`: its folder. `exact`: True if it has reference answers."""
 
     model: str
     base: str
@@ -100,7 +100,7 @@ class World:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Those of `serve run` where they are enough for the concurrency."""
+        """The defaults of `serve run`, raised where the concurrency needs it."""
         default = Settings()
         needed = self.concurrency * REQUEST_TOKENS
         return {
@@ -118,10 +118,10 @@ def cores() -> int:
 
 
 def model_cores() -> int:
-    """Threads for the model, ours and the peer's, where clients, gateway and proxy run beside it.
+    """Threads for the model, ours and the peer's: one core is left to clients, gateway and proxy.
 
-    They have a core to themselves: a model whose threads wait for each other at every operation
-    would otherwise wait for the clients, and the figure would be the scheduler's.
+    Threads of a model wait for each other at every operation. Without that core they would wait
+    for the clients, and the benchmark would measure the operating system's scheduler.
     """
     return max(cores() - 1, 1)
 
@@ -173,7 +173,7 @@ def random_model(folder: Path, shape: Mapping[str, int], *, dtype: torch.dtype) 
 
 
 def random_adapters(base: str, folder: Path) -> tuple[Path, ...]:
-    """One for each name, of different ranks, all within the default envelope."""
+    """One adapter for each name, of different ranks, all within the default envelope."""
     paths = []
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     for rank, name in zip((8, 16, 4), ADAPTERS, strict=True):
@@ -189,7 +189,7 @@ def random_adapters(base: str, folder: Path) -> tuple[Path, ...]:
 
 
 def fresh_cache(world: World, name: str) -> Path:
-    """A cache folder (`$HOTSWAP_CACHE`) in which nothing was compiled yet, with the model in it."""
+    """A cache folder (`$HOTSWAP_CACHE`) with the model, and without compiled code."""
     folder = world.folder / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

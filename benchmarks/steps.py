@@ -1,4 +1,4 @@
-"""Where the time of a swap from disk goes, step by step."""
+"""The time of a swap from disk, step by step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from unittest import mock
 
 from hotswap_lib import Slot, image, pack, source
 
-# What a swap from disk consists of: the step, and the function that does it.
+# The steps of a swap from disk, and the function of each: private ones too, because a single step
+# has no public function. A name that no longer exists fails at once.
 STEPS: tuple[tuple[str, Any, str], ...] = (
     ("read and parse the file", source, "_read_adapter"),
     ("of which: identify (BLAKE3)", source, "revision_of"),
@@ -25,7 +26,7 @@ STEPS: tuple[tuple[str, Any, str], ...] = (
 
 
 def breakdown(slot: Slot, paths: list[Path], *, rounds: int) -> dict[str, float]:
-    """Step → median microseconds of it in a swap from disk."""
+    """Step → its median microseconds in a swap from disk."""
     times: dict[str, list[float]] = {step: [] for step, _, _ in STEPS}
     with contextlib.ExitStack() as stack:
         for step, owner, name in STEPS:

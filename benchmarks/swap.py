@@ -1,13 +1,13 @@
-"""What a swap costs, against one raw copy of the same bytes and against PEFT's own hot-swap.
+"""The cost of a swap, compared with one raw copy of the same bytes and with PEFT's own hot-swap.
 
 ``python -m benchmarks.swap [--json [PATH]] [--rounds N] [--swaps N] [--device DEVICE]``
 
-All figures come from one run and are medians. The operations take turns in an order drawn anew for
-each round, since what ran before leaves the caches cold or warm, each round with the next adapter.
+All figures come from one run and are medians. Every round runs the operations in a new random
+order, because the previous operation leaves the caches cold or warm, and uses the next adapter.
 224 LoRA layers, an image of 42 MB in float32 at rank 64, adapters of ranks 8, 16, 32 and 64. PEFT's
 model is prepared and compiled as its documentation says. On CUDA the times are the device's own,
-between two events. Then: where the time of a swap from disk goes, the memory that a thousand swaps
-leave behind, and the latency of a compiled model after `prepare` against before.
+between two events. Then: the steps of a swap from disk, the growth of memory after a thousand
+swaps, and the latency of a compiled model after `prepare` against before.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from benchmarks.steps import breakdown
 from benchmarks.workload import MAX_RANK, RANKS, build_base, save_adapters
 from hotswap_lib import Adapter, Envelope, Slot, load_adapter, pack, prepare
 
-# what takes milliseconds runs more often, so that its median is worth as much
+# these take milliseconds, and run more often, so that their medians are as precise
 COPIES = ("raw copy_ of the same bytes", "commit", "rollback")
 COPIES_PER_ROUND = 5
 
 Operation = Callable[[int], object]
-"""One measured operation; the argument counts the rounds and so chooses the adapter."""
+"""One measured operation; the argument is the round, which selects the adapter."""
 
 
 def our_operations(slot: Slot, paths: list[Path]) -> dict[str, Operation]:
@@ -99,6 +99,10 @@ def peft_operations(base: torch.nn.Module, paths: list[Path], device: str) -> di
 
 
 def _in_memory(adapter: Adapter, device: str) -> dict[str, torch.Tensor]:
+    """The tensors with the keys that `hotswap_adapter_from_state_dict` expects.
+
+    PEFT renames keys with a private function alone; its own `hotswap_adapter` calls it, too.
+    """
     tensors = {key: tensor.to(device) for key, tensor in adapter.tensors.items()}
     state: dict[str, torch.Tensor] = _insert_adapter_name_into_state_dict(
         tensors, "default", "lora_"
@@ -107,7 +111,7 @@ def _in_memory(adapter: Adapter, device: str) -> dict[str, torch.Tensor]:
 
 
 def measure(operations: dict[str, Operation], *, rounds: int, device: str) -> dict[str, float]:
-    """Median microseconds for each operation; all take their turns in every round."""
+    """Median microseconds for each operation; every round runs all of them."""
     times: dict[str, list[float]] = {name: [] for name in operations}
     order = random.Random(0)
     turns = [name for name in operations for _ in range(COPIES_PER_ROUND if name in COPIES else 1)]
@@ -146,7 +150,7 @@ def ratios(median_us: dict[str, float]) -> dict[str, float]:
     }
 
 
-# What the project promises of each ratio; those that depend on the device by its kind.
+# The bar of each ratio, by kind of device.
 BARS: dict[str, dict[str, str]] = {
     "commit / raw copy_": {"cpu": "≤ 1.25", "cuda": "≤ 1.25"},
     "rollback / commit": {"cpu": "≤ 1.1", "cuda": "≤ 1.1"},
@@ -163,7 +167,9 @@ def run(*, rounds: int, swaps: int, device: str) -> dict[str, Any]:
         paths = save_adapters(base, Path(folder))
         theirs = peft_operations(copy.deepcopy(base), paths, device)
         slot = prepare(base, envelope=Envelope(max_rank=MAX_RANK))
-        slot.commit(slot.stage(pack(paths[0], slot.layout)))  # for a rollback that comes first
+        slot.commit(
+            slot.stage(pack(paths[0], slot.layout))
+        )  # for a rollback before the first commit
         ours = our_operations(slot, paths)
         median_us = measure({**ours, **theirs}, rounds=rounds, device=device)
         slot.verify()

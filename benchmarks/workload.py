@@ -1,4 +1,4 @@
-"""The model and the adapters that the swap benchmarks measure with."""
+"""The model and the adapters of the swap benchmarks."""
 
 from __future__ import annotations
 

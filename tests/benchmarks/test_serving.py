@@ -1,4 +1,4 @@
-"""The parts of the serving benchmark that decide what a measurement says; nothing is timed here."""
+"""The serving benchmark's load, statistics and verdicts, without timing anything."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def sample(due_at: float, ended_at: float, first_at: float | None = None) -> Sam
     return Sample(index=0, due_at=due_at, ended_at=ended_at, first_at=first_at)
 
 
-def test_a_bar_is_held_from_its_own_limit_on() -> None:
+def test_a_value_at_the_limit_holds_the_bar() -> None:
     assert verdict("≥ 0.9", 0.9) == "held"
     assert verdict("≥ 0.9", 0.89) == "missed"
     assert verdict("≤ 1.2", 1.2) == "held"
     assert verdict("≤ 1.2", 1.21) == "missed"
 
 
-def test_what_could_not_be_measured_holds_no_bar() -> None:
+def test_a_missing_measurement_misses_every_bar() -> None:
     assert verdict("≤ 1.2", math.nan) == "missed"
     assert verdict("≥ 0.9", math.nan) == "missed"
 
@@ -69,16 +69,16 @@ def test_a_percentile_is_a_value_that_was_measured(percent: float, value: float)
     assert percentile(list(range(100, 0, -1)), percent) == value
 
 
-def test_nothing_has_no_percentile() -> None:
+def test_without_values_a_percentile_is_nan() -> None:
     assert math.isnan(percentile([], 99))
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    # the machine became ten times slower meanwhile, which is nobody's fault
+    # the machine became ten times slower between the rounds
     assert paired([9, 0.9, 8], [10, 1, 10]) == 0.9
 
 
-def test_a_request_meets_a_swap_when_it_runs_at_any_moment_of_it() -> None:
+def test_a_request_meets_a_swap_if_it_runs_at_any_time_during_it() -> None:
     before, into, inside, over, after = (
         sample(8, 10),
         sample(9, 10.5),
@@ -106,7 +106,7 @@ def test_latency_counts_from_when_a_request_was_due() -> None:
     assert (found["first_token_p50_s"], found["first_token_max_s"]) == (0.5, 1)
 
 
-def test_the_same_seed_asks_the_same_at_the_same_time() -> None:
+def test_the_same_seed_gives_the_same_prompts_and_arrivals() -> None:
     assert prompts(3, 20, vocabulary=1000) == prompts(3, 20, vocabulary=1000)
     assert prompts(3, 20, vocabulary=1000) != prompts(4, 20, vocabulary=1000)
     assert arrivals(1, per_second=5, seconds=9) == arrivals(1, per_second=5, seconds=9)
@@ -118,7 +118,7 @@ def test_prompts_have_mixed_lengths_and_known_tokens() -> None:
     assert max(max(ids) for ids in asked) < 300
 
 
-def test_arrivals_come_at_the_rate_that_was_asked_for() -> None:
+def test_arrivals_have_the_requested_rate() -> None:
     due = arrivals(0, per_second=10, seconds=1000)
     assert due == sorted(due)
     assert due[-1] < 1000
@@ -130,7 +130,7 @@ def test_every_tenth_request_names_the_canary() -> None:
     assert [i for i, body in enumerate(bodies) if "model" in body] == [0, 10, 20]
 
 
-def test_a_closed_loop_keeps_every_client_busy_and_asks_everything_once() -> None:
+def test_a_closed_loop_keeps_every_client_busy_and_sends_each_request_once() -> None:
     running, most = 0, 0
 
     async def ask(index: int, _: Body, due_at: float) -> Sample:
@@ -146,7 +146,7 @@ def test_a_closed_loop_keeps_every_client_busy_and_asks_everything_once() -> Non
     assert most == 4
 
 
-def test_an_answer_says_its_tokens_and_its_revision() -> None:
+def test_a_sample_has_the_tokens_and_the_revision_of_its_answer() -> None:
     answer = {
         "usage": {"completion_tokens": 3},
         "system_fingerprint": "pirate@1",
@@ -155,7 +155,7 @@ def test_an_answer_says_its_tokens_and_its_revision() -> None:
     assert seen_in(answer) == {"tokens": 3, "revision": "pirate@1", "token_ids": (1, 2, 3)}
 
 
-def test_the_document_says_what_could_not_be_measured(tmp_path: Path) -> None:
+def test_the_document_lists_the_rows_that_could_not_be_measured(tmp_path: Path) -> None:
     world = World(
         model="tiny",
         base="tiny",
