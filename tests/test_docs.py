@@ -27,8 +27,8 @@ import hotswap_lib
 from hotswap_lib import BASE
 from serve_app.client import cli
 from serve_app.client.http import HotswapClient
+from serve_app.gateway.deployment import build_app
 from serve_app.gateway.http_errors import describe
-from serve_app.gateway.routes import Gateway
 from serve_app.openai.requests import (
     ChatRequest,
     ClassifyRequest,
@@ -373,7 +373,7 @@ def test_the_output_of_hotswap_inspect_is_what_the_documentation_shows(
 @cache
 def openapi() -> dict[str, Any]:
     nothing: Any = None
-    return Gateway(Settings(), model=nothing, controller=nothing).app().openapi()
+    return build_app(Settings(), model=nothing, controller=nothing).openapi()
 
 
 def test_the_table_of_routes_is_complete() -> None:
