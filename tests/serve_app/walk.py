@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Awaitable, Callable
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import httpx
 from transformers import AutoTokenizer
 
 import serve_app
-from serve_app.gateway.routes import Gateway
-from serve_app.openai.requests import ChatRequest
+from serve_app.gateway.deployment import build_app
 from serve_app.replica.serving_generate import GenerationServing
+from serve_app.settings import Settings
+from serve_app.wire.admin import FleetView
 from tests.e2e.tiny_world import make_world
-from tests.serve_app.gateway.test_routes import Call, FakeController
-from tests.serve_app.generating import Running
+from tests.serve_app.generating import started
 
 ROOT = Path(serve_app.__file__).parents[1]
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 
 
-class Replica:
-    """A handle whose requests run in this process, without Ray between."""
-
-    def __init__(self, running: Running) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(running.world.model)
-        settings = running.engine.settings
-        self._serving = GenerationServing(running.engine, tokenizer, settings, replica="r1")
-        self.chat = self
-
-    def remote(self, request: ChatRequest, pin: str | None, session: str | None) -> Call:
-        return Call(self._serving.whole(request, pin, session))
-
-
 def files_of_a_chat_request(folder: Path) -> set[str]:
     """Paths from the root of the repository, of every file with a function that was called."""
-    running = Running(make_world(folder), images={})
-    running.engine.admission.open()
+    world = make_world(folder)
+    settings = Settings(model=str(world.model), served_model_name="tiny")
+    tokenizer = AutoTokenizer.from_pretrained(world.model)
     entered: set[str] = set()
 
     def called(frame: FrameType, event: str, _argument: object) -> None:
@@ -46,21 +36,33 @@ def files_of_a_chat_request(folder: Path) -> set[str]:
         if event == "call" and file.is_relative_to(ROOT / "serve_app"):
             entered.add(str(file.relative_to(ROOT)))
 
-    async def ask() -> None:
-        model: Any = Replica(running)
-        controller: Any = FakeController()
-        app = Gateway(running.engine.settings, model=model, controller=controller).app()
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
-            sys.setprofile(called)  # of this thread: the event loop of gateway and replica
-            try:
-                response = await client.post("/v1/chat/completions", json=CHAT)
-            finally:
-                sys.setprofile(None)
-        assert response.status_code == 200, response.text
+    with contextmanager(started)(world, {}) as running:
+        serving = GenerationServing(running.engine, tokenizer, settings, replica="r1")
+        app = build_app(
+            settings,
+            model=handle(chat=serving.whole),
+            controller=handle(fleet=a_fleet),
+        )
 
-    try:
+        async def ask() -> None:
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+                sys.setprofile(called)  # of this thread: the event loop of gateway and replica
+                try:
+                    response = await client.post("/v1/chat/completions", json=CHAT)
+                finally:
+                    sys.setprofile(None)
+            assert response.status_code == 200, response.text
+
         running(ask())
-    finally:
-        running.close()
     return entered
+
+
+def handle(**methods: Callable[..., Awaitable[Any]]) -> Any:
+    """A DeploymentHandle whose methods run in this process."""
+    named = {name: SimpleNamespace(remote=method) for name, method in methods.items()}
+    return SimpleNamespace(**named)
+
+
+async def a_fleet() -> FleetView:
+    return FleetView.model_construct(ready=True, replicas=["r1"])
