@@ -34,7 +34,7 @@ from serve_app.wire.admin import (
     RolloutList,
     RolloutView,
 )
-from tests.serve_app.gateway.test_routes import Door, FakeController
+from tests.serve_app.gateway.fakes import Door, FakeController
 
 OLD, NEW = "pirate@3f2a9c1d", "terse@9b1c22aa"
 REFUSALS = {
