@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import cache
 from typing import Any
 
 import httpx
+from fastapi import FastAPI
 
 from serve_app.gateway.deployment import build_app
 from serve_app.gateway.readiness import Readiness
@@ -16,6 +18,12 @@ from serve_app.openai.requests import (
     ClassifyRequest,
     CompletionRequest,
     EmbeddingRequest,
+)
+from serve_app.openai.response_schemas import (
+    ClassificationList,
+    EmbeddingList,
+    GenerationChunk,
+    GenerationDocument,
 )
 from serve_app.openai.responses import (
     NamedToken,
@@ -164,11 +172,11 @@ class FakeModel:
         request: ChatRequest | CompletionRequest,
         _pin: str | None = None,
         _session: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> GenerationDocument:
         piece = Piece(index=0, text="hi", token_ids=[2], scores=SCORES, reason="stop")
         return self.responses(request).whole([piece])
 
-    def chunks(self, request: ChatRequest | CompletionRequest) -> list[dict[str, Any]]:
+    def chunks(self, request: ChatRequest | CompletionRequest) -> list[GenerationChunk]:
         maker = self.responses(request)
         return [
             maker.first(0),
@@ -183,11 +191,11 @@ SCORES = [TokenScore(NamedToken("h", b"h", -0.5), [NamedToken("h", b"h", -0.5)],
 NAMES = {"model": "tiny", "revision": REVISION, "replica": "r1"}
 
 
-def embedded(request: EmbeddingRequest, *_: str | None) -> dict[str, Any]:
+def embedded(request: EmbeddingRequest, *_: str | None) -> EmbeddingList:
     return embedding_document(request, [[0.5]] * len(request.input), tokens=3, **NAMES)
 
 
-def classified(request: ClassifyRequest, *_: str | None) -> dict[str, Any]:
+def classified(request: ClassifyRequest, *_: str | None) -> ClassificationList:
     probs = [[0.25, 0.75]] * len(request.input)
     return classification_document(request, probs, ["bad", "good"], tokens=3, **NAMES)
 
@@ -209,6 +217,28 @@ class FakeController:
         self.adapters = Method(lambda: [ADAPTER], fault)
 
 
+class Forward:
+    """Forwards to `target`, which is set before each call: the application is built once."""
+
+    target: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.target, name)
+
+
+@cache
+def _app(**settings: Any) -> tuple[FastAPI, Forward, Forward, Forward]:
+    forwards: Any = Forward(), Forward(), Forward()
+    model, controller, readiness = forwards
+    app = build_app(
+        Settings(served_model_name="tiny", **settings),
+        model=model,
+        controller=controller,
+        readiness=readiness,
+    )
+    return app, model, controller, readiness
+
+
 class Door:
     """The application over fakes, called in this process."""
 
@@ -219,16 +249,15 @@ class Door:
         **settings: Any,
     ) -> None:
         self.model, self.controller = model or FakeModel(), controller or FakeController()
-        both: Any = (self.model, self.controller)
-        readiness = Readiness(both[1], patience_s=0.01, max_age_s=0.01)
-        self.app = build_app(
-            Settings(served_model_name="tiny", **settings),
-            model=both[0],
-            controller=both[1],
-            readiness=readiness,
-        )
+        handle: Any = self.controller
+        self.readiness = Readiness(handle, patience_s=0.01, max_age_s=0.01)
+        self.app, *self._forwards = _app(**settings)
 
     def __call__(self, method: str, path: str, **request: Any) -> httpx.Response:
+        targets = (self.model, self.controller, self.readiness)
+        for forward, target in zip(self._forwards, targets, strict=True):
+            forward.target = target
+
         async def send() -> httpx.Response:
             transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:

@@ -271,7 +271,7 @@ def test_an_error_of_the_model_keeps_its_code(fault: Exception, status: int, cod
 
 def test_serves_own_handler_of_a_full_queue_is_not_used() -> None:
     full = BackPressureError(num_queued_requests=1, max_queued_requests=1)
-    door = Door(FakeModel(full))
+    door = Door(FakeModel(full), admin_token="for an application of its own")
     door.app.add_exception_handler(BackPressureError, lambda *_: PlainTextResponse("no", 503))
     for more in ({}, {"stream": True}):
         response = door("POST", "/v1/completions", json=TEXT | more)

@@ -22,7 +22,6 @@ from serve_app.openai.requests import (
 from serve_app.openai.responses import (
     NamedToken,
     Piece,
-    Responses,
     TokenScore,
     responses_to,
 )
@@ -47,11 +46,11 @@ def text(**more: Any) -> CompletionRequest:
 
 def responses(
     request: ChatRequest | CompletionRequest, prompts: list[list[int]] | None = None
-) -> Responses:
+) -> Any:
     return responses_to(request, prompts or [[1, 2]], model="tiny", revision=REVISION, replica="r1")
 
 
-def whole(request: ChatRequest | CompletionRequest, **more: Any) -> dict[str, Any]:
+def whole(request: ChatRequest | CompletionRequest, **more: Any) -> Any:
     piece: dict[str, Any] = {"index": 0, "text": "hi", "reason": "stop", "token_ids": [3]} | more
     return responses(request).whole([Piece(**piece)])
 
@@ -191,7 +190,7 @@ def test_answers_to_two_requests_have_two_ids() -> None:
 @pytest.mark.parametrize("coding", ["float", "base64"])
 def test_openais_client_reads_embeddings(coding: str) -> None:
     request = EmbeddingRequest.model_validate({"input": ["a", "b"], "encoding_format": coding})
-    document = embedding_document(
+    document: Any = embedding_document(
         request, [[0.5, -1.0], [0.0, 2.0]], model="tiny", revision=REVISION, replica="r", tokens=7
     )
     assert (document["system_fingerprint"], document["replica_id"]) == (REVISION, "r")
