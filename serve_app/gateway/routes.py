@@ -67,7 +67,7 @@ Session = Annotated[
         alias="x-session-id",
         min_length=1,
         max_length=1024,
-        description="requests of one session stay on one side of a canary; else `user` is taken",
+        description="requests of one session stay on the same side of a canary; default: `user`",
     ),
 ]
 InferenceRequest = ChatOrCompletion | EmbeddingRequest | ClassifyRequest
@@ -134,7 +134,7 @@ class InferenceRoutes:
         return await self._whole(self._model.classify, request, pin, session)
 
     async def models(self) -> ModelList:
-        """The base model's name, and every revision that is live now, as a name to ask for."""
+        """The base model and every revision that is served now, as values for `model`."""
         fleet: FleetView = await self._controller.fleet.remote()
         name = self._model_name
         live = sorted({each for r in fleet.replicas if r.serving for each in r.serves})

@@ -32,14 +32,14 @@ from serve_app.wire.errors import NotAuthorized
 
 def _precondition(
     expected_generation: Annotated[
-        int | None, Query(description="refuse with 409 when the fleet's generation is another one")
+        int | None, Query(description="answer 409 if the fleet's generation is not this one")
     ] = None,
     idempotency_key: Annotated[
         str | None,
         Header(
             min_length=1,
             max_length=256,
-            description="your own name for this request; a second one with it changes nothing",
+            description="chosen by the client; a second request with the same key changes nothing",
         ),
     ] = None,
 ) -> Precondition:
@@ -114,7 +114,9 @@ class AdminRoutes:
         self,
         id: str,
         conditions: Conditions,
-        full: Annotated[bool, Query(description="every step that is left, not one")] = False,
+        full: Annotated[
+            bool, Query(description="skip all remaining steps, not only the current one")
+        ] = False,
     ) -> RolloutView:
         return await self._rollout("promote", id, full=full, **conditions.args())
 
@@ -130,7 +132,8 @@ class AdminRoutes:
         self,
         conditions: Conditions,
         to: Annotated[
-            str | None, Query(min_length=1, description="an earlier revision; else the last one")
+            str | None,
+            Query(min_length=1, description="an earlier revision; default: the previous one"),
         ] = None,
     ) -> RolloutView:
         return await self._rollout("undo", to=to, **conditions.args())

@@ -107,7 +107,9 @@ class ChatChunk(Head):
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
     usage: NotRequired[
-        Annotated[Usage | None, Field(description="in the last one, when it was asked for")]
+        Annotated[
+            Usage | None, Field(description="in the last chunk, for `stream_options.include_usage`")
+        ]
     ]
 
 
@@ -193,7 +195,7 @@ class ClassificationList(TypedDict):
 
 @_closed
 class ModelEntry(TypedDict):
-    id: Annotated[str, Field(description="what a request's `model` may be")]
+    id: Annotated[str, Field(description="a value for a request's `model`")]
     object: Literal["model"]
     created: int
     owned_by: str
@@ -237,7 +239,7 @@ def success(document: type, chunk: type | None = None) -> dict[str, Any]:
     }
     if chunk is not None:
         name = chunk.__name__
-        text = f"`data: {name}` for each chunk, then `data: [DONE]`; or an error, and no [DONE]"
+        text = f"`data: {name}` for each chunk, then `data: [DONE]`; after an error no [DONE]"
         schema = {"type": "string", "description": text}
         response["content"] = {"text/event-stream": {"schema": schema}}
     return response

@@ -86,12 +86,6 @@ class _GenerationResponses:
             return self._head
         return {**self._head, "prompt_token_ids": self._prompts[0]}
 
-    def _choice(self, piece: Piece) -> Choice:
-        choice: Choice = {"index": piece.index, "finish_reason": piece.reason}
-        if self._with_token_ids:
-            choice["token_ids"] = piece.token_ids
-        return choice
-
     def _usage(self, completion_tokens: int) -> Usage:
         prompt_tokens = sum(map(len, self._prompts))
         return {
@@ -132,6 +126,12 @@ class ChatResponses(_GenerationResponses):
             "usage": self._usage(completion_tokens),
         }
 
+    def _choice(self, piece: Piece) -> Choice:
+        choice: Choice = {"index": piece.index, "finish_reason": piece.reason}
+        if self._with_token_ids:
+            choice["token_ids"] = piece.token_ids
+        return choice
+
     def _whole_choice(self, piece: Piece) -> ChatChoice:
         return {
             **self._choice(piece),
@@ -145,9 +145,14 @@ class ChatResponses(_GenerationResponses):
             "delta": delta,
             "logprobs": _chat_scores(piece.scores) if self._scored and piece.scores else None,
         }
-        chunk: ChatChunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}
-        if self._with_usage:
-            chunk["usage"] = None
+        chunk: ChatChunk = {
+            **head,
+            "object": "chat.completion.chunk",
+            "choices": [choice],
+            "usage": None,
+        }
+        if not self._with_usage:
+            del chunk["usage"]
         return chunk
 
 
@@ -160,7 +165,7 @@ class TextResponses(_GenerationResponses):
             **self._first_head(),
             "object": "text_completion",
             "choices": [
-                self._opened(self._text_choice(piece, scored=self._scored)) for piece in choices
+                self._with_prompt(self._text_choice(piece, scored=self._scored)) for piece in choices
             ],
             "usage": self._usage(sum(len(piece.token_ids) for piece in choices)),
         }
@@ -168,7 +173,7 @@ class TextResponses(_GenerationResponses):
     def first(self, index: int) -> TextChunk:
         """The chunk that opens a choice: an empty piece."""
         choice = self._text_choice(Piece(index=index), scored=False)
-        return self._chunk(self._first_head(), self._opened(choice))
+        return self._chunk(self._first_head(), self._with_prompt(choice))
 
     def piece(self, piece: Piece) -> TextChunk:
         """The chunk with one piece."""
@@ -185,22 +190,31 @@ class TextResponses(_GenerationResponses):
         }
 
     def _text_choice(self, piece: Piece, *, scored: bool) -> TextChoice:
-        return {
-            **self._choice(piece),
+        choice: TextChoice = {
+            "index": piece.index,
             "text": piece.text,
             "logprobs": _text_scores(piece.scores) if scored else None,
+            "finish_reason": piece.reason,
         }
+        if self._with_token_ids:
+            choice["token_ids"] = piece.token_ids
+        return choice
 
-    def _opened(self, choice: TextChoice) -> TextChoice:
+    def _with_prompt(self, choice: TextChoice) -> TextChoice:
         """The choice with the tokens of its prompt, where vLLM has them: there may be several."""
         if self._with_token_ids:
             choice["prompt_token_ids"] = self._prompts[choice["index"] // self._n]
         return choice
 
     def _chunk(self, head: Head, choice: TextChoice) -> TextChunk:
-        chunk: TextChunk = {**head, "object": "text_completion", "choices": [choice]}
-        if self._with_usage:
-            chunk["usage"] = None
+        chunk: TextChunk = {
+            **head,
+            "object": "text_completion",
+            "choices": [choice],
+            "usage": None,
+        }
+        if not self._with_usage:
+            del chunk["usage"]
         return chunk
 
 

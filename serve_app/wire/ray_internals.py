@@ -21,7 +21,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def this_replica_id() -> str:
-    """Returns the id of the Serve replica that runs this process; unique in the cluster.
+    """Returns the id of the Serve replica that runs in this process, unique in its deployment.
 
     `ReplicaID` is public, its field `unique_id` is undocumented.
     """

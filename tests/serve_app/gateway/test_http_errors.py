@@ -1,4 +1,4 @@
-"""Every typed error has its status, its stable code and one sentence."""
+"""Every error has its HTTP status, its stable code and a message of one sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 import hotswap_lib
 from hotswap_lib import AdapterNotFound, AdapterRefused, ImageCorrupted, RankOverEnvelope
-from serve_app.gateway.http_errors import describe, respond
+from serve_app.gateway.http_errors import describe, error_response
 from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
 from serve_app.wire.errors import (
     AdapterAlreadyLoaded,
@@ -96,7 +96,7 @@ def test_an_error_has_its_status_its_code_and_one_sentence(
 
 
 @pytest.mark.parametrize(("error", "status", "code"), ROWS, ids=[row[2] for row in ROWS])
-def test_the_far_side_of_a_handle_makes_no_difference(
+def test_an_error_that_a_handle_brings_is_the_same(
     error: Exception, status: int, code: str
 ) -> None:
     if isinstance(error, ray.exceptions.RayError | ray.serve.exceptions.RayServeException):
@@ -111,19 +111,17 @@ def test_the_far_side_of_a_handle_makes_no_difference(
 @pytest.mark.parametrize(
     "error",
     [
-        ray.serve.exceptions.DeploymentUnavailableError(
-            ray.serve._private.common.DeploymentID(name="Model", app_name="app")
-        ),
+        ray.serve.exceptions.DeploymentUnavailableError("Model"),
         ray.exceptions.ActorUnavailableError("no answer", b"0" * 16),
         ray.serve.exceptions.ReplicaUnavailableError("r1"),
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_whatever_may_pass_when_asked_again_is_503(error: Exception) -> None:
+def test_an_error_that_may_pass_is_503(error: Exception) -> None:
     assert describe(error)[0] == 503
 
 
-def test_what_went_wrong_inside_is_not_told_to_strangers() -> None:
+def test_the_message_of_an_unexpected_error_is_not_sent() -> None:
     _, detail = describe(KeyError("secret"))
     assert detail.message == "internal error: KeyError"
     assert detail.type == "server_error"
@@ -155,11 +153,11 @@ def test_a_message_is_one_line_that_can_be_sent(message: str, sent: str) -> None
     assert (detail.message, detail.param) == (sent, "?????")
 
 
-def test_what_may_be_asked_again_says_when() -> None:
-    assert respond(NoReplicaReady()).headers["retry-after"] == "1"
-    assert respond(LanesTaken("x@1", 2)).headers["retry-after"] == "1"
-    assert "retry-after" not in respond(RolloutNotFound("x")).headers
-    assert respond(NotAuthorized()).headers["www-authenticate"] == "Bearer"
+def test_an_error_that_may_pass_says_when_to_retry() -> None:
+    assert error_response(NoReplicaReady()).headers["retry-after"] == "1"
+    assert error_response(LanesTaken("x@1", 2)).headers["retry-after"] == "1"
+    assert "retry-after" not in error_response(RolloutNotFound("x")).headers
+    assert error_response(NotAuthorized()).headers["www-authenticate"] == "Bearer"
 
 
 def every_error(kind: type[Exception]) -> list[type[Any]]:

@@ -1,30 +1,26 @@
-"""Which replica a request goes to, with stand-ins for Ray's replicas and requests.
+"""The replicas that the router prefers for a request, with fakes of Ray's replicas.
 
-What Ray promises about them is asked for at the end, each with a sentence for whoever upgrades Ray.
+Ray's own part of the contract is checked in tests/serve_app/wire/test_ray_internals.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray import serve
-from ray.serve import request_router
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
-from ray.serve.config import RequestRouterConfig
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest
 
 from hotswap_lib import Revision
 from serve_app.gateway import router
-from serve_app.gateway.router import RevisionRouter, asked
+from serve_app.gateway.router import RevisionRouter, pin_and_session
 from serve_app.openai.requests import ChatRequest, CompletionRequest
 from serve_app.rollout.state import Traffic
 from serve_app.rollout.traffic_split import session_position
-from serve_app.wire.routing_stats import newest_traffic, routing_stats
+from serve_app.wire.routing_stats import parse_traffic, routing_stats
 
 ALPHA = Revision("alpha", "1234abcd" * 8).key
 BETA = Revision("beta", "5678abcd" * 8).key
@@ -34,10 +30,10 @@ SERVED = "tiny"
 
 @dataclass
 class Replica:
-    """As much of a `RunningReplica` as is looked at."""
+    """The part of a `RunningReplica` that the router reads."""
 
     name: str
-    routing_stats: dict[str, Any] = field(default_factory=dict)
+    routing_stats: Mapping[str, Any] = field(default_factory=dict)
 
 
 def replica(name: str, *serves: str, decision: int = 1, traffic: Traffic | None = None) -> Replica:
@@ -51,37 +47,41 @@ def traffic(weight: float, placement: Any = "dedicated") -> Traffic:
 
 
 def pending(*args: Any, id: str = "one", **kwargs: Any) -> PendingRequest:
-    metadata = RequestMetadata(request_id=id, internal_request_id=id)
+    metadata = SimpleNamespace(internal_request_id=id)
     return PendingRequest(args=list(args), kwargs=kwargs, metadata=metadata)
 
 
-class Routed:
-    """A router in this process, and the names of the replicas that it chooses from."""
+class UnconnectedRouter(RevisionRouter):
+    """A router without Ray's part, which needs a running cluster."""
 
     def __init__(self) -> None:
-        self.router = RevisionRouter(DeploymentID("Model", "app"), DeploymentHandleSource.PROXY)
-        self.router.initialize_state(model_name=SERVED)
+        self.initialize_state(model_name=SERVED)
+
+
+class Routed:
+    """A router, and the names of the replicas that it chooses."""
+
+    def __init__(self) -> None:
+        self.router = UnconnectedRouter()
         self._runner = asyncio.Runner()
 
     def choose(self, replicas: list[Replica], *args: Any, **kwargs: Any) -> list[str]:
-        """Of one request; tells the router that it was sent there."""
-        request = self._pending(*args, **kwargs)
+        """Chooses for a new request, which is then placed."""
+        request = self.pending(*args, **kwargs)
         found = self.look(replicas, request)
         self.router.on_request_routed(request, None, None)
         return found
 
     def look(self, replicas: list[Replica], request: PendingRequest | None) -> list[str]:
+        """Chooses for a request that goes on waiting."""
         [rank] = self._runner.run(self.router.choose_replicas(replicas, request))
         return sorted(each.name for each in rank)
 
     def all(self, replicas: list[Replica], *args: Any, **kwargs: Any) -> set[str]:
-        """Every replica that the request might meet."""
+        """Every replica to which the request may go."""
         return {name for _ in range(50) for name in self.choose(replicas, *args, **kwargs)}
 
     def pending(self, *args: Any, **kwargs: Any) -> PendingRequest:
-        return self._pending(*args, **kwargs)
-
-    def _pending(self, *args: Any, **kwargs: Any) -> PendingRequest:
         async def made() -> PendingRequest:  # its future needs a loop
             return pending(*args, **kwargs)
 
@@ -138,8 +138,10 @@ def test_a_pin_is_stronger_than_a_share(routed: Routed) -> None:
     assert routed.all(fleet, chat(), "alpha") == {"a"}
 
 
-@pytest.mark.parametrize("pin", ["nobody", "alpha@00000000", "", "@"])
-def test_whoever_names_what_nobody_has_is_told_so_by_any_replica(routed: Routed, pin: str) -> None:
+@pytest.mark.parametrize("pin", ["unknown", "alpha@00000000", "", "@"])
+def test_a_request_for_an_unknown_revision_goes_to_any_replica_which_refuses_it(
+    routed: Routed, pin: str
+) -> None:
     assert routed.all(FLEET, chat(), pin) == {each.name for each in FLEET}
 
 
@@ -163,7 +165,7 @@ def test_a_call_that_makes_no_sense_is_left_to_any_replica(
 
 def test_a_call_names_its_session_or_its_user() -> None:
     def session(*args: Any, **kwargs: Any) -> str | None:
-        return asked(args, kwargs, served=SERVED)[1]
+        return pin_and_session(args, kwargs, served=SERVED)[1]
 
     assert session(chat()) is None
     assert session(chat(user="ann")) == "ann"
@@ -212,17 +214,29 @@ def test_a_request_that_waits_for_a_place_stays_on_its_side(routed: Routed) -> N
         first = routed.look(fleet, request)
         assert all(routed.look(fleet, request) == first for _ in range(5))
         routed.router.on_request_routed(request, None, None)
-    assert not routed.router._to_canary
 
 
-def test_requests_that_never_found_a_place_are_forgotten(
+def test_a_placed_request_is_forgotten(routed: Routed) -> None:
+    request = routed.pending(chat(), id="the same")
+    sides = set()
+    for _ in range(20):
+        sides.add(tuple(routed.look(split_fleet(traffic(50)), request)))
+        routed.router.on_request_routed(request, None, None)
+    assert sides == {("b",), ("a1", "a2")}
+
+
+def test_requests_that_never_found_a_replica_do_not_pile_up(
     routed: Routed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(router, "_UNDECIDED", 10)
+    monkeypatch.setattr(router, "_MAX_UNPLACED", 10)
     fleet = split_fleet(traffic(50))
-    for number in range(30):
-        routed.look(fleet, routed.pending(chat(), id=str(number)))
-    assert list(routed.router._to_canary) == [str(number) for number in range(20, 30)]
+    waiting = routed.pending(chat(), id="waiting")
+    sides = set()
+    for number in range(20):
+        sides.add(tuple(routed.look(fleet, waiting)))
+        for other in range(10):  # so many that the decision for the first one is dropped
+            routed.look(fleet, routed.pending(chat(), id=f"{number} {other}"))
+    assert sides == {("b",), ("a1", "a2")}
 
 
 def test_the_newest_decision_is_the_one_that_counts(routed: Routed) -> None:
@@ -245,12 +259,12 @@ def test_the_newest_decision_is_the_one_that_counts(routed: Routed) -> None:
     assert routed.all(newer_epoch, chat()) == {"a"}
 
 
-def test_a_shared_canary_is_the_replicas_own_matter(routed: Routed) -> None:
+def test_requests_under_a_shared_canary_go_to_all_replicas(routed: Routed) -> None:
     fleet = split_fleet(traffic(100, "shared"))
     assert routed.all(fleet, chat()) == {"a1", "a2", "b"}
 
 
-# ---- when nobody is right, or nothing is known --------------------------------------------------
+# ---- when no replica is preferred ---------------------------------------------------------------
 
 
 def test_when_no_replica_of_the_right_side_is_known_any_will_do(routed: Routed) -> None:
@@ -260,7 +274,9 @@ def test_when_no_replica_of_the_right_side_is_known_any_will_do(routed: Routed) 
     assert routed.all(only_canary, chat()) == {"b1", "b2"}
 
 
-def test_replicas_that_said_nothing_yet_get_requests_only_if_nobody_did(routed: Routed) -> None:
+def test_replicas_without_statistics_get_requests_only_if_no_replica_has_any(
+    routed: Routed,
+) -> None:
     silent = [Replica("s1"), Replica("s2")]
     assert routed.all(silent, chat()) == {"s1", "s2"}
     assert routed.all(silent, chat(), "alpha") == {"s1", "s2"}
@@ -268,7 +284,7 @@ def test_replicas_that_said_nothing_yet_get_requests_only_if_nobody_did(routed: 
     assert routed.all([*silent, *split_fleet(None)], chat()) == {"s1", "s2", "a1", "a2", "b"}
 
 
-def test_what_replicas_of_another_version_say_is_no_reason_for_a_request_to_hang(
+def test_a_request_is_placed_although_replicas_publish_another_format(
     routed: Routed,
 ) -> None:
     strange = [
@@ -294,48 +310,14 @@ def test_a_request_waits_longer_each_time_that_all_its_replicas_are_full(routed:
         assert request.routing_context.should_backoff
 
 
-# ---- what a replica says ------------------------------------------------------------------------
+# ---- routing statistics -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("now", [None, traffic(12.5), traffic(5, "shared")])
-def test_what_a_replica_says_is_plain_data_and_is_read_as_it_was_meant(now: Traffic | None) -> None:
-    said = routing_stats(epoch=3, generation=4, serves=[ALPHA, BETA], traffic=now)
-    assert {type(value) for value in said.values()} <= {list, dict, type(None)}
-    assert (said["decision"], said["serves"]) == ([3, 4], [ALPHA, BETA])
-    assert newest_traffic([Replica("a", said)]) == now
-
-
-# ---- what Ray has, and did not promise ----------------------------------------------------------
-
-
-def test_ray_still_names_what_the_router_is_made_of() -> None:
-    for name in ("PendingRequest", "ReplicaID", "RequestRouter", "RunningReplica"):
-        assert hasattr(request_router, name), f"ray.serve.request_router has no {name} any more"
-
-
-def test_ray_still_asks_a_router_the_same_questions() -> None:
-    for name in ("choose_replicas", "on_request_routed"):
-        theirs = list(inspect.signature(getattr(RequestRouter, name)).parameters)
-        ours = list(inspect.signature(getattr(RevisionRouter, name)).parameters)
-        assert theirs == ours, f"Ray calls {name} of a router with other arguments now: {theirs}"
-    assert callable(RequestRouter.initialize_state), "routers have no initialize_state any more"
-
-
-def test_ray_still_says_of_a_request_what_was_asked_and_lets_it_wait(routed: Routed) -> None:
-    request = routed.pending("x", pin="y", id="me")
-    said = (request.args, request.kwargs, request.metadata.internal_request_id)
-    assert said == (["x"], {"pin": "y"}, "me"), "a PendingRequest names its parts in another way"
-    waits = request.routing_context.should_backoff
-    assert waits is False, "requests back off in another way: should_backoff is not what it was"
-    source = inspect.getsource(RequestRouter._choose_replicas_with_backoff)
-    assert "routing_context.should_backoff" in source, "should_backoff is not asked any more"
-
-
-def test_ray_still_passes_on_what_a_replica_says() -> None:
-    assert isinstance(inspect.getattr_static(RunningReplica, "routing_stats", None), property), (
-        "RunningReplica has no routing_stats any more"
-    )
-    fields = RequestRouterConfig.model_fields
-    for name in ("request_router_class", "request_router_kwargs", "request_routing_stats_period_s"):
-        assert name in fields, f"RequestRouterConfig has no {name} any more"
-    assert "request_router_config" in inspect.signature(serve.deployment).parameters
+@pytest.mark.parametrize("now", [traffic(12.5), traffic(5, "shared")])
+def test_routing_statistics_are_plain_data_and_survive_the_round_trip(now: Traffic) -> None:
+    stats = routing_stats(epoch=3, generation=4, serves=[ALPHA, BETA], traffic=now)
+    assert (stats["decision"], stats["serves"]) == ([3, 4], [ALPHA, BETA])
+    assert type(stats["traffic"]) is dict
+    assert parse_traffic(stats["traffic"]) == now
+    silent = routing_stats(epoch=3, generation=4, serves=[ALPHA], traffic=None)
+    assert silent["traffic"] is None

@@ -120,14 +120,14 @@ class Desk:
         ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids
 
-    def chat(self, **more: Any) -> dict[str, Any]:
+    def chat(self, **more: Any) -> Any:
         return asyncio.run(self.answers.whole(chat(**more)))
 
-    def text(self, **more: Any) -> dict[str, Any]:
+    def text(self, **more: Any) -> Any:
         return asyncio.run(self.answers.whole(text(**more)))
 
-    def chunks(self, request: ChatRequest | CompletionRequest) -> list[dict[str, Any]]:
-        async def run() -> list[dict[str, Any]]:
+    def chunks(self, request: ChatRequest | CompletionRequest) -> list[Any]:
+        async def run() -> list[Any]:
             return [chunk async for chunk in self.answers.stream(request)]
 
         return asyncio.run(run())
@@ -285,7 +285,8 @@ def test_a_stream_adds_up_to_the_whole_answer(
     )
     more = {"stop": stops, "max_tokens": room, "return_token_ids": True}
     for request in (chat(**more, logprobs=True, top_logprobs=1), text(**more, logprobs=1)):
-        [one] = asyncio.run(desk.answers.whole(request))["choices"]
+        whole: Any = asyncio.run(desk.answers.whole(request))
+        [one] = whole["choices"]
         [other] = joined(desk.chunks(request)).values()
         said_whole = one["text"] if "text" in one else one["message"]["content"]
         assert other == {
