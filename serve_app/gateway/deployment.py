@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from ray import serve
 
+from serve_app import logs
 from serve_app.gateway.routes import Gateway
 from serve_app.settings import Settings
 from serve_app.wire.deployment_names import CONTROLLER, MODEL
@@ -12,6 +13,7 @@ from serve_app.wire.deployment_names import CONTROLLER, MODEL
 
 def gateway_app(settings: Settings) -> FastAPI:
     """The routes over handles of this application's Model and RolloutController."""
+    logs.attach()
     app = serve.get_replica_context().app_name
     return Gateway(
         settings,
