@@ -52,9 +52,10 @@ def configure(tmp_path: Path) -> Iterator[Configure]:
 
 def close_handlers(logger: logging.Logger, *, keep: list[logging.Handler]) -> None:
     for handler in set(logger.handlers) - set(keep):
-        handler.close()
-        if isinstance(handler, logging.handlers.MemoryHandler) and handler.target is not None:
-            handler.target.close()
+        file = handler.target if isinstance(handler, logging.handlers.MemoryHandler) else None
+        handler.close()  # flushes to the file, and forgets it
+        if file is not None:
+            file.close()
 
 
 def test_text_has_the_message_in_serves_format_whatever_extra_fields_it_has(

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import serve
 
 from serve_app.controller import summary as module
 from serve_app.controller.summary import log_summary_when_ready, summary
@@ -113,8 +114,8 @@ def test_it_is_logged_once_serve_has_all_replicas(
     async def view() -> FleetView:
         return fleet()
 
-    monkeypatch.setattr(module.serve, "status", status)
-    monkeypatch.setattr(module, "http_url", lambda app: URL)
+    monkeypatch.setattr(serve, "status", status)
+    monkeypatch.setattr(module, "http_url", lambda _app: URL)
     monkeypatch.setattr(module, "_POLL_S", 0.001)
     with caplog.at_level(logging.INFO, logger="serve_app"):
         asyncio.run(log_summary_when_ready("default", Settings(), view))

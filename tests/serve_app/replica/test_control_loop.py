@@ -1,4 +1,4 @@
-"""A replica's end of the lane, over a controller that says what the test wants it to say."""
+"""The replica's control loop, over a controller that answers what the test gives it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ START = StartView(load_s=1.5, warm_up_s=2.5, compiled_regions=3, compile_cache="
 
 
 class ScriptedController:
-    """GenerationServing a report with what was said last, and holds it open when that was heard already."""
+    """Answers a report with the next answer of the test, and holds it open until there is one."""
 
     def __init__(self) -> None:
         self.reports: list[Report] = []
