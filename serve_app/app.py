@@ -1,4 +1,6 @@
-"""The wiring: settings in, a Ray Serve application out. Imports everything; nothing imports it.
+"""The wiring: settings in, a Ray Serve application out.
+
+This is the only module that knows every deployment. It imports the rooms; no room imports it.
 
 `serve run serve_app.app:build model=... adapter=... replicas=2`
 """
@@ -13,6 +15,7 @@ import torch
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from hotswap_lib import BASE, AdapterRefused, InvalidEnvelope, load_adapter
 from serve_app.controller.deployment import RolloutController
@@ -25,13 +28,19 @@ from serve_app.replica.loading import UnsupportedModel
 from serve_app.settings import InvalidSettings, Settings, parse
 from serve_app.wire.deployment_names import CONTROLLER, MODEL
 
-_WAIT_LOOP_S = 0.2  # how often a stopping replica looks whether it is idle; Serve's 2 s add up
+# how often a stopping replica checks that it is idle; a shutdown waits for several of Serve's 2 s
+_WAIT_LOOP_S = 0.2
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The application for `serve run` and `serve deploy`. Raises `InvalidSettings`."""
+    """Returns the application for `serve run` and `serve deploy`. Raises `InvalidSettings`."""
     settings = _checked(parse(args))
-    controller = serve.deployment(
+    controller = _controller(settings)
+    return _gateway(settings, _model(settings, controller), controller)
+
+
+def _controller(settings: Settings) -> Application:
+    return serve.deployment(
         RolloutController,
         name=CONTROLLER,
         num_replicas=1,
@@ -40,15 +49,20 @@ def build(args: dict[str, Any]) -> Application:
         graceful_shutdown_wait_loop_s=_WAIT_LOOP_S,
         health_check_period_s=2,
         health_check_timeout_s=10,
+        # each replica ends a report every `poll_s`: an access log would be nothing else
+        logging_config=LoggingConfig(enable_access_log=False),
         ray_actor_options={"num_cpus": 0},
     ).bind(settings)
-    model = serve.deployment(
+
+
+def _model(settings: Settings, controller: Application) -> Application:
+    return serve.deployment(
         Model,
         name=MODEL,
         num_replicas=settings.replicas,
         max_ongoing_requests=settings.max_ongoing_requests,
         max_queued_requests=settings.max_queued_requests,
-        graceful_shutdown_timeout_s=settings.drain_timeout_s,  # what runs is finished
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,  # running requests finish
         graceful_shutdown_wait_loop_s=_WAIT_LOOP_S,
         health_check_period_s=5,
         request_router_config=RequestRouterConfig(
@@ -58,19 +72,21 @@ def build(args: dict[str, Any]) -> Application:
         ),
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": _gpus(settings)},
     ).bind(settings, controller)
-    gateway = serve.deployment(
+
+
+def _gateway(settings: Settings, model: Application, controller: Application) -> Application:
+    return serve.deployment(
         serve.ingress(lambda: gateway_app(settings))(),
         name="Gateway",
         max_ongoing_requests=10_000,
-        graceful_shutdown_timeout_s=settings.drain_timeout_s,  # answers leave through here
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,  # answers pass through here
         graceful_shutdown_wait_loop_s=_WAIT_LOOP_S,
         ray_actor_options={"num_cpus": 0},
-    )
-    return gateway.bind(model, controller)
+    ).bind(model, controller)
 
 
 def _checked(settings: Settings) -> Settings:
-    """What can be known before anything starts: the model can be served, the adapter be read."""
+    """Checks before anything starts that the model can be served and the adapter can be read."""
     try:
         loading.check(settings)
         loading.envelope(settings)
@@ -88,7 +104,7 @@ def _checked(settings: Settings) -> Settings:
 def _gpus(settings: Settings) -> float:
     if settings.num_gpus is not None:
         return settings.num_gpus
-    # `serve run` asks before it has connected to Ray: then this machine's word counts
+    # before `serve run` has connected to Ray, this machine stands for the cluster
     if ray.is_initialized():
         return 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
     return 1.0 if torch.cuda.is_available() else 0.0

@@ -1,6 +1,6 @@
-"""Settings of the application: what `serve run` takes as `name=value` and a config file as `args`.
+"""Settings of the application: `name=value` for `serve run`, `args` in a Serve config file.
 
-Checked before anything starts; an unknown name or a wrong value is one sentence.
+They are checked before anything starts. An unknown name or a wrong value gives one sentence.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ EMBEDDED = "embedded"
 
 
 class InvalidSettings(ClickException):
-    """One or more settings are wrong; nothing was started.
+    """One or more settings are wrong. Nothing was started.
 
-    A click exception, because `serve run` is a click program: it prints one line, no traceback.
+    It is a click exception, so that `serve run`, a click program, prints one line, no traceback.
     """
 
     code = "invalid_settings"
@@ -34,113 +34,153 @@ class InvalidSettings(ClickException):
 
 
 class Settings(BaseModel):
-    """Everything an operator can choose. Lengths are in tokens, times in seconds."""
+    """All settings. Lengths are in tokens, times in seconds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
 
-    # what is served
+    # model
     model: Annotated[
-        str, Field(min_length=1, description="Hub id, local folder, or 'embedded'")
+        str, Field(min_length=1, description="a Hub id, a local folder, or 'embedded'")
     ] = EMBEDDED
-    model_revision: Annotated[str | None, Field(description="Hub branch, tag or commit")] = None
+    model_revision: Annotated[
+        str | None, Field(description="branch, tag or commit of the model on the Hub")
+    ] = None
     served_model_name: Annotated[
-        str | None, Field(description="what clients call it; default: from `model`")
+        str | None,
+        Field(description="the model's name in requests; default: the last part of `model`"),
     ] = None
     adapter: Annotated[
-        str | None, Field(description="first adapter; default: none, the base model")
+        str | None,
+        Field(description="the first adapter to serve; default: none, the base model"),
     ] = None
-    adapter_name: Annotated[str | None, Field(description="its revision name")] = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    trust_remote_code: bool = False
+    adapter_name: Annotated[
+        str | None, Field(description="revision name of that adapter; default: from its source")
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="data type of the weights; auto: as the checkpoint has them"),
+    ] = "auto"
+    trust_remote_code: Annotated[
+        bool, Field(description="run Python code from the model's repository")
+    ] = False
 
-    # what a replica accepts
-    max_rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    # envelope: the adapters that a replica can load without a restart
+    max_rank: Annotated[int, Field(ge=1, le=1024, description="highest rank of an adapter")] = 16
     target_modules: Annotated[
-        str, Field(min_length=1, description="'all-linear', or names separated by commas")
+        str,
+        Field(
+            min_length=1,
+            description="modules that adapters may target: 'all-linear', or a comma-separated list",
+        ),
     ] = "all-linear"
     modules_to_save: Annotated[
         str | None,
-        Field(min_length=1, description="modules that adapters may replace, separated by commas"),
+        Field(
+            min_length=1,
+            description="modules that adapters may replace completely, as a comma-separated list",
+        ),
     ] = None
-    use_dora: Annotated[bool, Field(description="whether adapters may use DoRA")] = False
-    lora_bias: Annotated[bool, Field(description="whether they may have a bias on lora_B")] = False
+    use_dora: Annotated[bool, Field(description="adapters may use DoRA")] = False
+    lora_bias: Annotated[bool, Field(description="adapters may have a bias on lora_B")] = False
     bias: Annotated[
-        Literal["none", "lora_only", "all"], Field(description="whose biases they may replace")
+        Literal["none", "lora_only", "all"],
+        Field(description="biases of the model that adapters may replace"),
     ] = "none"
 
-    # the fleet
-    replicas: Annotated[int, Field(ge=1)] = 2
+    # fleet
+    replicas: Annotated[int, Field(ge=1, description="number of replicas")] = 2
     num_gpus: Annotated[
-        float | None, Field(ge=0, description="per replica; default: 1 when the cluster has GPUs")
+        float | None,
+        Field(ge=0, description="GPUs for each replica; default: 1 if the cluster has GPUs"),
     ] = None
-    num_cpus: Annotated[float, Field(ge=0, description="per replica")] = 1.0
+    num_cpus: Annotated[float, Field(ge=0, description="CPUs that Ray reserves per replica")] = 1.0
     torch_threads: Annotated[
-        int | None, Field(ge=1, description="default: the replica's share of the node's cores")
+        int | None,
+        Field(ge=1, description="CPU threads of torch; default: as many as Ray gives the replica"),
     ] = None
 
-    # pressure
-    max_ongoing_requests: Annotated[int, Field(ge=1, description="per replica")] = 64
+    # load limits
+    max_ongoing_requests: Annotated[
+        int, Field(ge=1, description="requests that run on one replica at a time")
+    ] = 64
     max_queued_requests: Annotated[
-        int, Field(ge=0, description="waiting for a replica; above it a request gets 429")
+        int, Field(ge=0, description="requests that wait for a replica; beyond it, 429")
     ] = 256
-    max_body_bytes: Annotated[int, Field(ge=1024, description="of one HTTP request")] = 4 * 2**20
+    max_body_bytes: Annotated[
+        int, Field(ge=1024, description="longest body of an HTTP request; beyond it, 413")
+    ] = 4 * 2**20
     request_timeout_s: Annotated[
-        float, Field(gt=0, description="from a replica to the last token; then 504")
+        float, Field(gt=0, description="longest time of a request on a replica; beyond it, 504")
     ] = 600.0
 
-    # the engine
+    # engine
     task: Annotated[
         Literal["auto", "generate", "embed", "classify"],
-        Field(description="what requests ask for; auto: what the model's config says it is"),
+        Field(description="the task that the model is served for; auto: from its config"),
     ] = "auto"
-    compile: bool = True
+    compile: Annotated[bool, Field(description="compile the model with torch.compile")] = True
     compile_cache_uri: Annotated[
-        str | None, Field(description="where replicas share what they compiled (fsspec URI)")
+        str | None,
+        Field(description="where replicas share compiled code (fsspec URI); default: nowhere"),
     ] = None
-    cuda_graphs: Annotated[bool, Field(description="on a GPU, replay steps as CUDA graphs")] = True
-    max_model_len: Annotated[int, Field(ge=16)] = 2048
-    max_tokens_default: Annotated[int, Field(ge=1)] = 256
-    max_logprobs: Annotated[int, Field(ge=0, le=20, description="most `top_logprobs`")] = 20
+    cuda_graphs: Annotated[
+        bool, Field(description="on a GPU, capture and replay steps as CUDA graphs")
+    ] = True
+    max_model_len: Annotated[
+        int, Field(ge=16, description="most tokens of a request, prompt and answer together")
+    ] = 2048
+    max_tokens_default: Annotated[
+        int, Field(ge=1, description="most tokens of an answer when a request names no number")
+    ] = 256
+    max_logprobs: Annotated[
+        int,
+        Field(ge=0, le=20, description="most alternatives per token (`top_logprobs`) of a request"),
+    ] = 20
 
     # generation with a causal model
     lanes: Annotated[
-        int, Field(ge=1, le=64, description="revisions that one replica generates with at once")
+        int, Field(ge=1, le=64, description="revisions that a replica generates with at a time")
     ] = 2
     lane_overflow: Annotated[
         Literal["wait", "refuse"],
-        Field(description="a request whose revision finds every lane taken waits, or gets 429"),
+        Field(description="a request for one revision more waits for a lane, or gets 429"),
     ] = "wait"
     kv_cache_tokens: Annotated[
         int | None,
-        Field(ge=64, description="KV cache of each lane; default: four requests of max_model_len"),
+        Field(ge=64, description="KV cache of each lane, in tokens; default: 4 * max_model_len"),
     ] = None
-    max_batch_tokens: Annotated[int, Field(ge=16, description="tokens in one step")] = 256
+    max_batch_tokens: Annotated[
+        int, Field(ge=16, description="most tokens that one step of a lane processes")
+    ] = 256
 
-    # every other task: requests are put together into batches
-    max_batch_size: Annotated[int, Field(ge=1, description="requests in one batch")] = 32
+    # the other tasks, which run requests in batches
+    max_batch_size: Annotated[int, Field(ge=1, description="most requests in a batch")] = 32
     batch_wait_s: Annotated[
-        float, Field(ge=0, description="how long the first request waits for others")
+        float, Field(ge=0, description="longest time that a batch waits for more requests")
     ] = 0.005
     pooling: Annotated[
-        Literal["auto", "mean", "cls", "last"], Field(description="tokens to one embedding")
+        Literal["auto", "mean", "cls", "last"],
+        Field(description="how token vectors become one embedding; auto: from the model's files"),
     ] = "auto"
-    normalize: Annotated[bool, Field(description="embeddings have length 1")] = True
+    normalize: Annotated[bool, Field(description="scale embeddings to length 1")] = True
 
     # control
     state_uri: Annotated[
-        str | None, Field(description="where the journal lives (fsspec URI); default: node-local")
+        str | None,
+        Field(description="where the journal is (fsspec URI); default: the disk of one node"),
     ] = None
     admin_token: Annotated[
-        str | None, Field(min_length=1, description="bearer token for admin")
+        str | None,
+        Field(min_length=1, description="bearer token of the admin routes; default: none needed"),
     ] = None
     poll_s: Annotated[
-        float, Field(gt=0, le=60, description="longest time a replica's report stays open")
+        float, Field(gt=0, le=60, description="longest time between two reports of a replica")
     ] = 2.0
     drain_timeout_s: Annotated[
         float, Field(gt=0, description="longest wait for running requests before a swap")
     ] = 120.0
     start_timeout_s: Annotated[
-        float, Field(gt=0, description="longest wait of a new replica for its revision")
+        float, Field(gt=0, description="longest wait of a warm replica for its first revision")
     ] = 600.0
 
     @field_validator("kv_cache_tokens")
@@ -157,12 +197,12 @@ class Settings(BaseModel):
 
     @property
     def lane_tokens(self) -> int:
-        """What the KV cache of one lane holds."""
+        """The size of the KV cache of one lane, in tokens."""
         return self.kv_cache_tokens or 4 * self.max_model_len
 
     @property
     def silence_s(self) -> float:
-        """After this many seconds without a report a replica counts as gone."""
+        """A replica counts as gone after this many seconds without a report."""
         return max(3 * self.poll_s, 5.0)  # a busy node stalls a replica for a second or two
 
     @property
@@ -175,7 +215,7 @@ class Settings(BaseModel):
 
 
 def parse(values: dict[str, Any] | Settings) -> Settings:
-    """Settings from a config file or `name=value` words. Raises `InvalidSettings`."""
+    """Returns settings from a config file or from `name=value`. Raises `InvalidSettings`."""
     if isinstance(values, Settings):
         return values
     try:

@@ -16,6 +16,7 @@ import ray
 from ray import serve
 
 from hotswap_lib import BASE, Adapter, Revision, load_adapter
+from serve_app import logs
 from serve_app.controller.analysis import CanaryAnalysis, Probing, RayProbes
 from serve_app.controller.desired_state import known
 from serve_app.controller.fleet_view import fleet_view
@@ -25,6 +26,7 @@ from serve_app.controller.loaded_adapters import LoadedAdapters
 from serve_app.controller.report_server import GRACE_S, digests
 from serve_app.controller.rollout_requests import RolloutRequests
 from serve_app.controller.state_dir import default_state_uri
+from serve_app.controller.summary import log_summary_when_ready
 from serve_app.rollout.recovery import restored
 from serve_app.rollout.state import Fleet, State
 from serve_app.rollout.walk import to
@@ -218,7 +220,9 @@ class RolloutController(Controller):
     """The deployment; scripts reach it with `get_deployment_handle("RolloutController", app)`."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        logs.attach()
         app = serve.get_replica_context().app_name
         uri = settings.state_uri or default_state_uri(app)
         super().__init__(settings, state_uri=uri, probing=RayProbes(app))
         await self.start()
+        self._summary = asyncio.create_task(log_summary_when_ready(app, settings, self.fleet))

@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from serve_app import logs
 from serve_app.gateway.fastapi_internals import edit_openapi
 from serve_app.gateway.http_errors import ERRORS, install_error_handlers
 from serve_app.gateway.readiness import Readiness
@@ -19,6 +20,7 @@ from serve_app.wire.deployment_names import CONTROLLER, MODEL
 
 def gateway_app(settings: Settings) -> FastAPI:
     """Builds the application in the ingress replica: DeploymentHandles work only inside Serve."""
+    logs.attach()
     app = serve.get_replica_context().app_name
     return build_app(
         settings,

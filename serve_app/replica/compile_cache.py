@@ -1,12 +1,13 @@
-"""What a replica compiled, shared: the second replica and every later one start without compiling.
+"""Shares compiled code between replicas, so that later replicas start without compiling.
 
-Shared is inductor's cache folder, as one archive in `compile_cache_uri`. torch's own cache
-artifacts would be smaller, but carry no compiled C++: on a CPU they save nothing (measured: 62 s of
-warm-up with them, 59 s without, 23 s with the folder).
+Inductor's cache folder is shared as one archive in `compile_cache_uri`. torch's own cache artifacts
+would be smaller, but have no compiled C++: on a CPU they save nothing (measured: 62 s of warm-up
+with them, 59 s without, 23 s with the folder).
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -28,50 +29,52 @@ from serve_app.replica.embedded_model import cache_dir
 from serve_app.settings import Settings
 
 logger = logging.getLogger(__name__)
-State = Literal["off", "hit", "miss"]
+CacheState = Literal["off", "hit", "miss"]
 _PACKAGES = ("hotswap", "torch", "transformers", "peft")
-_NOT_COMPILED = ("_name_or_path", "transformers_version")  # each node may keep it elsewhere
 
 
 @dataclass(frozen=True, slots=True)
 class CompileCache:
-    """`state`: off without `compile_cache_uri`; hit: there was something to start from."""
+    """The cache of one replica.
 
-    state: State
+    `state`: "off" without `compile_cache_uri`; "hit" if another replica has shared its code.
+    """
+
+    state: CacheState
     folder: Path | None = None
     uri: str | None = None
 
     def publish(self) -> None:
-        """After warm-up: share what was compiled here. Never fails; it is only a cache."""
+        """Shares the code that warm-up compiled. Errors are logged: the replica works without."""
         if self.state != "miss" or self.uri is None or self.folder is None:
             return
         try:
             fs, path = fsspec.url_to_fs(self.uri, skip_instance_cache=True)
             fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             archive = _pack(self.folder)
-            with fs.transaction, fs.open(path, "wb") as file:  # whole, or not there
+            with fs.transaction, fs.open(path, "wb") as file:  # readers see all of it or nothing
                 file.write(archive)
-            logger.info(f"shared {len(archive) / 1e6:.1f} MB of compiled code")
+            logger.info(f"shared {len(archive) / 1e6:.1f} MB of compiled code at {self.uri}")
         except Exception as error:
             logger.warning(f"compiled code was not shared: {type(error).__name__}: {error}")
 
 
 def open_compile_cache(slot: Slot, settings: Settings) -> CompileCache:
-    """Before anything is compiled: have inductor work in a folder that starts with what others did.
+    """Gives inductor a cache folder that starts with the code that other replicas have shared.
 
-    Whatever is wrong with the shared archive, the replica compiles for itself.
+    To be called before anything is compiled. With an unusable archive the replica compiles.
     """
     if settings.compile_cache_uri is None or not settings.compile:
         return CompileCache("off")
-    name = _key(slot)
+    name = _fingerprint(slot)
     folder = cache_dir() / "compiled" / name
-    if " " in str(folder):  # inductor's calls of the C++ compiler do not quote
+    if " " in str(folder):  # inductor does not quote paths for the C++ compiler
         logger.warning(f"compiled code is not shared: there is a space in {folder}")
         return CompileCache("off")
     uri = f"{settings.compile_cache_uri.rstrip('/')}/{name}.tar"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    # two replicas of a node start at the same time; one fetches for both
+    # replicas of a node start at the same time; the first one fetches for all
     with FileLock(f"{folder}.lock"):
         fetched = folder / ".fetched"
         if fetched.exists() or _fetch(uri, folder):
@@ -97,28 +100,38 @@ def _pack(folder: Path) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for file in sorted(folder.rglob("*")):
-            # another replica of this node may be compiling in here: locks and halves are not for us
+            # another replica of this node may be compiling: leave out locks and partial files
             if file.is_file() and file.suffix not in (".lock", ".tmp"):
                 archive.add(file, arcname=str(file.relative_to(folder)))
     return buffer.getvalue()
 
 
-def _key(slot: Slot) -> str:
-    """Of everything that compiled code depends on and its own cache might not look at."""
-    model = slot.model.base_model.model
-    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+def _fingerprint(slot: Slot) -> str:
+    """Returns a hash of everything that compiled code depends on.
+
+    Inductor's own cache keys may leave some of it out.
+    """
+    model = slot.model.get_base_model()
     facts: dict[str, Any] = {
         "packages": {name: version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "model": {name: value for name, value in config.items() if name not in _NOT_COMPILED},
+        "model": _config(model),
         "dtype": str(model.dtype),
         "layout": slot.layout.fingerprint,
     }
     if model.device.type == "cuda":
         facts["device"] = [torch.cuda.get_device_name(), torch.version.cuda]
     else:
-        # inductor's C++ is made for the number of threads as well
+        # inductor's C++ depends on the number of threads as well
         facts["device"] = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _config(model: Any) -> dict[str, Any]:
+    """Returns the model's config without its folder, which differs between nodes."""
+    config = copy.deepcopy(model.config)
+    config.name_or_path = ""
+    fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return fields

@@ -1,7 +1,8 @@
 """The Model deployment: one replica for each GPU, a prepared and compiled model in each.
 
-A replica loads, compiles, warms up, asks the controller what to hold, commits and verifies that,
-and only then is ready: Serve routes nothing to it before `__init__` returns.
+A replica loads the model, compiles it, warms up, receives its desired state from the controller,
+and serves that revision. Only then is it ready: Serve routes no request to it before `__init__`
+returns.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from ray.serve.handle import DeploymentHandle
 
 from hotswap_lib import Layout
+from serve_app import logs
 from serve_app.engine.causal import CausalEngine
 from serve_app.engine.encoder import EncoderEngine
 from serve_app.engine.engine import Engine
@@ -38,6 +40,7 @@ from serve_app.replica.compile_cache import open_compile_cache
 from serve_app.replica.control_loop import ControlLoop
 from serve_app.replica.loading import Loaded, load
 from serve_app.replica.model_task import Task
+from serve_app.replica.prompts import ChatOrCompletion
 from serve_app.replica.serving_encode import EncoderServing
 from serve_app.replica.serving_generate import GenerationServing
 from serve_app.settings import Settings
@@ -48,11 +51,10 @@ from serve_app.wire.reports import Answer, Report
 from serve_app.wire.text_score import TextScore
 
 logger = logging.getLogger(__name__)
-_GENERATES: tuple[Task, ...] = ("causal", "seq2seq")
 
 
 class StartTimeout(Exception):
-    """The controller named no revision in time."""
+    """The replica served no revision within `start_timeout_s`."""
 
     code = "start_timeout"
 
@@ -61,11 +63,11 @@ class StartTimeout(Exception):
         self.timeout_s = timeout_s
 
     def __str__(self) -> str:
-        return f"the replica held no revision after {self.timeout_s:g} s"
+        return f"the replica served no revision after {self.timeout_s:g} s"
 
 
-class _Remote:
-    """The controller behind its handle, as the control lane wants to call it."""
+class _RemoteController:
+    """`ControllerCalls` over the controller's deployment handle."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
@@ -82,44 +84,63 @@ class _Remote:
 
 
 class Model:
-    """Handle methods: `chat`, `complete`, `embeddings`, `classify` (a document each), and `stream`.
+    """The deployment class. `chat`, `complete`, `embeddings` and `classify` return one document.
 
-    Each takes OpenAI's request, as the pydantic model or as a dict, and optionally the revision to
-    run on, which otherwise is what the request's `model` names after the colon, or the default, or
-    a canary that has a share of the requests; those with the same `session`, or else `user`, are on
-    the same side of that.
+    Each takes an OpenAI request, as a pydantic model or as a dict. `pin` is the revision to run on.
+    Without it, that is the revision after the colon in the request's `model`, or else the default
+    or the canary, by traffic weight. Requests with the same `session`, or else the same `user`, get
+    the same revision.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, controller: DeploymentHandle
     ) -> None:
+        logs.attach()
         began = time.monotonic()
         if settings.torch_threads is not None:
             torch.set_num_threads(settings.torch_threads)
         self._settings = settings
-        replica = this_replica_id()
+        self._replica = this_replica_id()
+        start = await self._start_engine(began)
+        self._control_loop = ControlLoop(
+            self._engine, _RemoteController(controller), replica=self._replica, start=start
+        )
+        try:
+            async with asyncio.timeout(settings.start_timeout_s):
+                await asyncio.shield(self._control_loop.ready)
+        except TimeoutError:
+            raise StartTimeout(settings.start_timeout_s) from None
+        revision = str(self._engine.default)
+        took = f"ready after {time.monotonic() - began:.1f} s"
+        self._log_phase(f"holds {revision}, {took}", revision=revision)
+
+    async def _start_engine(self, began: float) -> StartView:
+        """Loads, compiles and warms up; logs each phase."""
+        settings = self._settings
+        self._log_phase(f"loading {settings.model_name} (model={settings.model})")
         loaded = await asyncio.to_thread(load, settings)
         self._task = loaded.task
         cache = await asyncio.to_thread(open_compile_cache, loaded.slot, settings)
+        how = f"compile cache: {cache.state}" if settings.compile else "compile=false"
+        self._log_phase(f"preparing {settings.model_name}, task {loaded.task} ({how})")
         self._engine = _engine(loaded, settings)
         self._engine.start()
         loaded_s = time.monotonic() - began
+        regions = self._engine.compiled_regions
+        what = f"compiling {regions} regions" if settings.compile else "no compilation"
+        self._log_phase(f"warming up, {what} (loaded in {loaded_s:.1f} s)")
         warm_s = await self._engine.warm_up()
         await asyncio.to_thread(cache.publish)
-        self._answers, self._encoder_answers = _answers(self._engine, loaded, settings, replica)
-        start = StartView(
+        self._generation, self._encoder = _serving(self._engine, loaded, settings, self._replica)
+        return StartView(
             load_s=round(loaded_s, 3),
             warm_up_s=round(warm_s, 3),
-            compiled_regions=self._engine.compiled_regions,
+            compiled_regions=regions,
             compile_cache=cache.state,
         )
-        self._lane = ControlLoop(self._engine, _Remote(controller), replica=replica, start=start)
-        try:
-            async with asyncio.timeout(settings.start_timeout_s):
-                await asyncio.shield(self._lane.ready)
-        except TimeoutError:
-            raise StartTimeout(settings.start_timeout_s) from None
-        logger.info(f"ready on {self._engine.default}: {start}")
+
+    def _log_phase(self, phase: str, **fields: str) -> None:
+        logger.info(f"replica {self._replica}: {phase}", extra=fields)
 
     async def chat(
         self,
@@ -127,7 +148,7 @@ class Model:
         pin: str | None = None,
         session: str | None = None,
     ) -> GenerationDocument:
-        """Answer a chat: OpenAI's request in, OpenAI's `chat.completion` document out."""
+        """Returns OpenAI's `chat.completion` document."""
         checked = ChatRequest.model_validate(request)
         return await self._generating.whole(
             checked, self._pin(checked.model, pin), session or checked.user
@@ -139,7 +160,7 @@ class Model:
         pin: str | None = None,
         session: str | None = None,
     ) -> GenerationDocument:
-        """Continue a text: OpenAI's request in, OpenAI's `text_completion` document out."""
+        """Returns OpenAI's `text_completion` document."""
         checked = CompletionRequest.model_validate(request)
         return await self._generating.whole(
             checked, self._pin(checked.model, pin), session or checked.user
@@ -147,11 +168,14 @@ class Model:
 
     async def stream(
         self,
-        request: ChatRequest | CompletionRequest,
+        request: ChatOrCompletion,
         pin: str | None = None,
         session: str | None = None,
     ) -> AsyncIterator[GenerationChunk]:
-        """The same answer in chunks. Use `handle.options(stream=True).stream.remote(request)`."""
+        """Yields the same answer in chunks.
+
+        To be called as `handle.options(stream=True).stream.remote(request)`.
+        """
         chunks = self._generating.stream(
             request, self._pin(request.model, pin), session or request.user
         )
@@ -160,7 +184,7 @@ class Model:
                 yield chunk
 
     async def score(self, texts: list[str], pin: str | None = None) -> list[TextScore]:
-        """How likely the model finds each text, after its first token."""
+        """Returns the log-likelihood of each text, without its first token."""
         return await self._generating.score(texts, self._pin(None, pin))
 
     async def embeddings(
@@ -169,7 +193,7 @@ class Model:
         pin: str | None = None,
         session: str | None = None,
     ) -> EmbeddingList:
-        """OpenAI's embeddings request in, its list of embeddings out."""
+        """Returns OpenAI's list of embeddings."""
         checked = EmbeddingRequest.model_validate(request)
         return await self._encoding("embed").embeddings(
             checked, self._pin(checked.model, pin), session or checked.user
@@ -181,36 +205,36 @@ class Model:
         pin: str | None = None,
         session: str | None = None,
     ) -> ClassificationList:
-        """vLLM's classification request in, a list of probabilities for each text out."""
+        """Returns vLLM's classification document: the probabilities of each text's classes."""
         checked = ClassifyRequest.model_validate(request)
         return await self._encoding("classify").classify(
             checked, self._pin(checked.model, pin), session or checked.user
         )
 
     def record_routing_stats(self) -> Mapping[str, object]:
-        """What Serve hands to every `serve_app.gateway.router.RevisionRouter`."""
-        return self._lane.routing_stats() if hasattr(self, "_lane") else {}
+        """Called by Serve, which passes the result to every `RevisionRouter` of the gateway."""
+        return self._control_loop.routing_stats() if hasattr(self, "_control_loop") else {}
 
     async def check_health(self) -> None:
         if not self._engine.alive:
             raise EngineStopped
 
     async def __del__(self) -> None:
-        if hasattr(self, "_lane"):
-            await self._lane.close()
+        if hasattr(self, "_control_loop"):
+            await self._control_loop.close()
         if hasattr(self, "_engine"):
             await asyncio.to_thread(self._engine.stop)
 
     @property
     def _generating(self) -> GenerationServing:
-        if self._answers is None:
+        if self._generation is None:
             raise self._other_task()
-        return self._answers
+        return self._generation
 
     def _encoding(self, task: Task) -> EncoderServing:
-        if self._encoder_answers is None or self._task != task:
+        if self._encoder is None or self._task != task:
             raise self._other_task()
-        return self._encoder_answers
+        return self._encoder
 
     def _other_task(self) -> InvalidRequest:
         route = {"embed": "/v1/embeddings", "classify": "/v1/classify"}.get(
@@ -233,14 +257,14 @@ def _engine(loaded: Loaded, settings: Settings) -> Engine:
             return EncoderEngine(loaded.slot, settings, pooling=loaded.pooling)
 
 
-def _answers(
+def _serving(
     engine: Engine, loaded: Loaded, settings: Settings, replica: str
 ) -> tuple[GenerationServing | None, EncoderServing | None]:
     if isinstance(engine, EncoderEngine):
         return None, EncoderServing(
             engine, loaded.tokenizer, settings, replica=replica, labels=loaded.labels
         )
-    config = loaded.slot.model.base_model.model.config.get_text_config()
+    config = loaded.slot.model.get_base_model().config.get_text_config()
     return GenerationServing(
         engine, loaded.tokenizer, settings, replica=replica, vocabulary=config.vocab_size
     ), None

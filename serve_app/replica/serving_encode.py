@@ -1,7 +1,7 @@
-"""Between a request and an encoder: texts in, vectors or class probabilities out.
+"""Embedding and classification requests: texts to the engine, vectors or probabilities back.
 
-All texts of a request run on the one revision that the engine admitted it on, in whatever batches.
-When one fails, or whoever asked goes away, all of them are cancelled.
+All texts of a request run on the revision that the engine admitted the request to, in any batches.
+If one fails, or the client disconnects, all of them are cancelled.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from serve_app.engine.encoder import EncoderEngine
 from serve_app.openai.encoder_responses import classification_document, embedding_document
 from serve_app.openai.requests import ClassifyRequest, EmbeddingRequest
 from serve_app.openai.response_schemas import ClassificationList, EmbeddingList
+from serve_app.replica.prompts import TokenLimits
 from serve_app.settings import Settings
 from serve_app.wire.errors import InvalidRequest
 
-_MOST_CHARS_PER_TOKEN = 64  # some 128 spaces can be a token, but no text is made of those alone
-_INLINE_CHARS = 4_000  # tokenized in a few milliseconds; what is longer must not hold up the loop
-
 
 class EncoderServing:
-    """GenerationServing requests of one model. `labels` name the columns of its classifications."""
+    """Answers requests to an encoder. `labels` are the names of a classifier's classes."""
 
     def __init__(
         self,
@@ -38,7 +36,10 @@ class EncoderServing:
         self._model = settings.model_name
         self._replica = replica
         self._labels = labels
-        # settles its truncation and padding: from now on threads only read it
+        self._limits = TokenLimits(
+            tokens=engine.max_tokens, vocabulary=engine.vocabulary, noun="an input", param="input"
+        )
+        # the first call sets truncation and padding; from now on threads only read them
         tokenizer("a")
 
     async def embeddings(
@@ -47,7 +48,7 @@ class EncoderServing:
         pin: str | None = None,
         session: str | None = None,
     ) -> EmbeddingList:
-        """OpenAI's request in, its document out. Raises `InvalidRequest`, and as `admit`."""
+        """Returns OpenAI's list of embeddings. Raises `InvalidRequest`, and as `Engine.admit`."""
         asked = EmbeddingRequest.model_validate(request)
         revision, tokens, vectors = await self._rows(asked.input, pin, session)
         return embedding_document(
@@ -65,7 +66,7 @@ class EncoderServing:
         pin: str | None = None,
         session: str | None = None,
     ) -> ClassificationList:
-        """vLLM's request in, its document out. Raises `InvalidRequest`, and as `admit`."""
+        """Returns vLLM's document of classes. Raises `InvalidRequest`, and as `Engine.admit`."""
         asked = ClassifyRequest.model_validate(request)
         revision, tokens, probs = await self._rows(asked.input, pin, session)
         return classification_document(
@@ -81,41 +82,25 @@ class EncoderServing:
     async def _rows(
         self, inputs: Sequence[str | list[int]], pin: str | None, session: str | None
     ) -> tuple[str, int, list[list[float]]]:
-        """The revision that answered, how many tokens all inputs had, and a row for each."""
-        texts = await self._ids(inputs)
+        """Returns the revision that ran, the number of tokens in all inputs, and a row for each."""
+        texts = await self._token_ids(inputs)
         async with self._engine.admit(pin, session) as ticket:
             try:
                 async with asyncio.TaskGroup() as group:
                     rows = [group.create_task(self._engine.run(ticket, ids)) for ids in texts]
-            except BaseExceptionGroup as failed:  # the others were cancelled, and tell nothing
+            except BaseExceptionGroup as failed:  # the first failure cancelled the other tasks
                 raise failed.exceptions[0] from None
             return str(ticket.revision), sum(map(len, texts)), [row.result() for row in rows]
 
-    async def _ids(self, inputs: Sequence[str | list[int]]) -> list[list[int]]:
-        limit = self._engine.max_tokens
-        chars = [len(each) for each in inputs if isinstance(each, str)]
-        if max(chars, default=0) > limit * _MOST_CHARS_PER_TOKEN:
-            message = f"a text is at most {limit} tokens, and {max(chars)} characters are more"
-            raise InvalidRequest(400, "context_length_exceeded", message, "input")
-
-        def encode() -> list[list[int]]:
-            return [
-                list(self._tokenizer(each)["input_ids"]) if isinstance(each, str) else each
-                for each in inputs
-            ]
-
-        texts = encode() if sum(chars) <= _INLINE_CHARS else await asyncio.to_thread(encode)
+    async def _token_ids(self, inputs: Sequence[str | list[int]]) -> list[list[int]]:
+        limits = self._limits
+        texts = await limits.encode(self._tokenizer, inputs, param="input")
         for ids in texts:
-            self._check(ids, limit)
+            limits.require_tokens(ids)
+            if len(ids) > limits.tokens:
+                message = f"an input has at most {limits.tokens} tokens, and one has {len(ids)}"
+                raise InvalidRequest(400, "context_length_exceeded", message, "input")
+            if max(ids) >= limits.vocabulary:  # a tokenizer may have more tokens than its model
+                message = f"the token id {max(ids)} is not below {limits.vocabulary}"
+                raise InvalidRequest(400, "invalid_parameter", message, "input")
         return texts
-
-    def _check(self, ids: list[int], limit: int) -> None:
-        if not ids:
-            message = "an input has no tokens"
-            raise InvalidRequest(400, "invalid_parameter", message, "input")
-        if len(ids) > limit:
-            message = f"a text is at most {limit} tokens, and one has {len(ids)}"
-            raise InvalidRequest(400, "context_length_exceeded", message, "input")
-        if max(ids) >= self._engine.vocabulary:
-            message = f"the token id {max(ids)} is not below {self._engine.vocabulary}"
-            raise InvalidRequest(400, "invalid_parameter", message, "input")

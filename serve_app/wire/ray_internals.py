@@ -8,7 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from ray import serve
+from ray.serve import context
 from ray.serve.request_router import PendingRequest
+from ray.serve.schema import ServeInstanceDetails
+
+_EVERY_INTERFACE = {"0.0.0.0", "::"}
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -55,3 +59,17 @@ def back_off_when_full(pending: PendingRequest) -> None:
     Without `routing_context.should_backoff` it asks again at once, in a busy loop.
     """
     pending.routing_context.should_backoff = True
+
+
+def http_url(app: str) -> str | None:
+    """Returns the address of a Serve application, or None where Serve runs no HTTP proxy.
+
+    Serve has this in its REST API alone, and a replica does not know the address of that. The
+    client behind `serve.status()` is private. Blocks; to be called in a process of Serve.
+    """
+    details = ServeInstanceDetails(**context._get_global_client().get_serve_details())
+    http, prefix = details.http_options, details.applications[app].route_prefix
+    if http is None or prefix is None or not details.proxies:
+        return None
+    host = "127.0.0.1" if http.host in _EVERY_INTERFACE else http.host
+    return f"http://{host}:{http.port}{http.root_path}{prefix}".rstrip("/")

@@ -1,4 +1,4 @@
-"""Settings: what an operator may say, and the sentence for what makes no sense."""
+"""Settings: values that are accepted, and one sentence for each that is not."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import pytest
 from serve_app.settings import InvalidSettings, Settings, parse
 
 
-def test_without_a_word_the_embedded_model_is_served_by_two_replicas() -> None:
+def test_by_default_two_replicas_serve_the_embedded_model() -> None:
     settings = parse({})
     assert (settings.model, settings.replicas, settings.adapter) == ("embedded", 2, None)
     assert settings.model_name == "SmolLM2-135M-Instruct"
+
+
+def test_every_setting_has_a_description() -> None:
+    fields = Settings.model_fields
+    assert [name for name, field in fields.items() if not field.description] == []
 
 
 def test_words_of_a_command_line_become_numbers_and_truths() -> None:

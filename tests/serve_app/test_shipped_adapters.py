@@ -41,7 +41,7 @@ def ask(loaded: Loaded, question: str) -> str:
     return text
 
 
-def test_every_shipped_adapter_changes_the_answer_for_anyone_to_see(loaded: Loaded) -> None:
+def test_every_shipped_adapter_changes_the_answer_visibly(loaded: Loaded) -> None:
     answers = {"base": ask(loaded, "What is the capital of France?")}
     for path in SHIPPED:
         loaded.slot.commit(loaded.slot.stage(pack(path, loaded.slot.layout)))

@@ -57,6 +57,7 @@ def settings(world: TinyWorld, uri: str | None, **more: Any) -> Settings:
     return Settings(model=str(world.model), compile_cache_uri=uri, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # two processes, one of which compiles
 def test_the_second_replica_compiles_nothing_though_it_shares_no_disk(
     world: TinyWorld, tmp_path: Path

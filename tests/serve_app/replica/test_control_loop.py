@@ -1,4 +1,4 @@
-"""A replica's end of the lane, over a controller that says what the test wants it to say."""
+"""The replica's control loop, over a controller that answers what the test gives it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ START = StartView(load_s=1.5, warm_up_s=2.5, compiled_regions=3, compile_cache="
 
 
 class ScriptedController:
-    """GenerationServing a report with what was said last, and holds it open when that was heard already."""
+    """Answers a report with the next answer of the test, and holds it open until there is one."""
 
     def __init__(self) -> None:
         self.reports: list[Report] = []
@@ -325,7 +325,7 @@ def test_a_swap_that_fails_is_told_once_with_its_generation_and_the_old_one_serv
     asyncio.run(story())
 
 
-def test_an_error_that_nobody_thought_of_is_told_as_well(stage: Open) -> None:
+def test_an_unexpected_error_is_reported_as_well(stage: Open) -> None:
     async def story() -> None:
         async with stage() as one:
             one.want("alpha", generation=1)
@@ -492,7 +492,7 @@ def test_a_replica_is_ready_when_those_beside_have_been_tried_and_serves_before(
     asyncio.run(story())
 
 
-def test_one_that_cannot_be_served_beside_is_told_and_disturbs_nobody(stage: Open) -> None:
+def test_an_adapter_that_cannot_be_loaded_is_reported_and_changes_nothing_else(stage: Open) -> None:
     async def story() -> None:
         async with stage() as one:
             one.engine.holding_fails["beta"] = RuntimeError("CUDA out of memory")
@@ -626,7 +626,7 @@ def test_the_document_says_what_becomes_of_running_requests(stage: Open) -> None
         async with stage() as one:
             one.want("alpha", generation=1)
             await one.until_holding("alpha")
-            one.engine.drained.clear()  # they run on, and nobody waits for them
+            one.engine.drained.clear()  # they run on, and the cutover does not wait for them
             one.want("beta", generation=2, in_flight="overlap")
             await one.until_holding("beta")
             assert one.engine.policies == ["drain", "overlap"]

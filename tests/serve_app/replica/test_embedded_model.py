@@ -1,4 +1,4 @@
-"""The embedded model: a clear word when its package is missing, one conversion for everybody."""
+"""The embedded model: one sentence when its package is missing, one conversion for a node."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HOTSWAP_CACHE", "/somewhere/else")
     assert embedded.cache_dir() == Path("/somewhere/else")
     monkeypatch.delenv("HOTSWAP_CACHE")
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert embedded.cache_dir() == Path("/home/somebody/.cache/hotswap")
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert embedded.cache_dir() == Path("/home/ann/.cache/hotswap")
 
 
 @needs_package
@@ -71,7 +71,7 @@ def test_a_converted_model_is_not_converted_again(
 
 
 @needs_package
-def test_whoever_comes_second_waits_for_the_conversion_of_the_first(
+def test_the_second_process_waits_for_the_conversion_of_the_first(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOTSWAP_CACHE", str(tmp_path))

@@ -66,7 +66,7 @@ def settings(model: Path, **more: Any) -> Settings:
 
 
 def refusal(wanted: Settings) -> str:
-    """What both say, the one before and the one after anything was started."""
+    """The sentence of `check`, before anything was started, which is also that of `load`."""
     said = set()
     for ask in (check, load):
         with pytest.raises(UnsupportedModel) as refused:
@@ -197,7 +197,7 @@ def test_pooling_is_what_the_models_own_files_say_and_for_decoders_else_the_last
     assert load(settings(folder, pooling="mean")).pooling == "mean"
 
 
-def test_pooling_that_nobody_has_here_is_refused(world: TinyWorld, tmp_path: Path) -> None:
+def test_pooling_that_is_not_available_is_refused(world: TinyWorld, tmp_path: Path) -> None:
     folder = saved(BertModel(BertConfig(**BERT)), tmp_path, world)
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
@@ -220,7 +220,7 @@ def test_a_classifier_without_a_head_is_refused_unless_adapters_bring_it(
         "set modules_to_save=classifier"
     )
     loaded = load(settings(folder, task="classify", modules_to_save="classifier,score"))
-    with torch.no_grad():  # nobody has brought one yet: every label alike
+    with torch.no_grad():  # no adapter has brought one yet: equal logits
         logits = loaded.slot.model(input_ids=torch.tensor([[5, 6]])).logits
     assert logits.tolist() == [[0.0, 0.0]]
 
@@ -281,12 +281,12 @@ def test_a_checkpoint_that_lacks_weights_is_refused(world: TinyWorld, tmp_path: 
         (
             {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
             "embed",
-            "t5 has an encoder and a decoder, and embeddings need one that was saved alone",
+            "t5 has an encoder and a decoder, and embeddings need an encoder alone",
         ),
         (
             {"model_type": "bart", "architectures": ["BartForSequenceClassification"]},
             "auto",
-            "bart classifies by its end tokens, which a batch cannot be sure to have",
+            "bart classifies by the end token of a text, and requests need not have one",
         ),
     ],
 )

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import ray.exceptions
 from ray import serve
-from ray.serve import request_router
+from ray.serve import context, request_router
+from ray.serve._private.client import ServeControllerClient
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.schema import ServeInstanceDetails
 
 from serve_app.gateway.router import RevisionRouter
 from serve_app.wire import ray_internals
@@ -102,3 +104,56 @@ def test_ray_passes_routing_statistics_on_to_routers() -> None:
     for name in ("request_router_class", "request_router_kwargs", "request_routing_stats_period_s"):
         assert name in fields, f"RequestRouterConfig has no {name} any more"
     assert "request_router_config" in inspect.signature(serve.deployment).parameters
+
+
+# ---- the address of an application -------------------------------------------------------------
+
+
+def test_serves_client_knows_the_address() -> None:
+    assert hasattr(context, "_get_global_client"), (
+        "ray.serve.context._get_global_client is gone: http_url needs another way to the client"
+    )
+    assert hasattr(ServeControllerClient, "get_serve_details"), (
+        "Serve's client has no get_serve_details: http_url needs another source of the address"
+    )
+    assert {"http_options", "proxies", "applications"} <= ServeInstanceDetails.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("host", "prefix", "proxies", "url"),
+    [
+        ("127.0.0.1", "/", 1, "http://127.0.0.1:8123"),
+        ("0.0.0.0", "/llm", 1, "http://127.0.0.1:8123/llm"),
+        ("10.1.2.3", "/", 1, "http://10.1.2.3:8123"),
+        ("127.0.0.1", "/", 0, None),
+    ],
+)
+def test_the_address_of_an_application(
+    monkeypatch: pytest.MonkeyPatch, host: str, prefix: str, proxies: int, url: str | None
+) -> None:
+    details: dict[str, Any] = {
+        "controller_info": {},
+        "http_options": {"host": host, "port": 8123},
+        "proxies": {f"node{i}": {"status": "HEALTHY"} for i in range(proxies)},
+        "applications": {
+            "default": {
+                "name": "default",
+                "route_prefix": prefix,
+                "status": "RUNNING",
+                "message": "",
+                "last_deployed_time_s": 0.0,
+                "deployments": {},
+                "source": "declarative",
+                "docs_path": None,
+                "external_scaler_enabled": False,
+            }
+        },
+        "target_capacity": None,
+    }
+
+    class Client:
+        def get_serve_details(self) -> dict[str, Any]:
+            return details
+
+    monkeypatch.setattr(context, "_get_global_client", Client)
+    assert ray_internals.http_url("default") == url
