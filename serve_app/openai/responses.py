@@ -165,7 +165,8 @@ class TextResponses(_GenerationResponses):
             **self._first_head(),
             "object": "text_completion",
             "choices": [
-                self._with_prompt(self._text_choice(piece, scored=self._scored)) for piece in choices
+                self._with_prompt(self._text_choice(piece, scored=self._scored))
+                for piece in choices
             ],
             "usage": self._usage(sum(len(piece.token_ids) for piece in choices)),
         }
