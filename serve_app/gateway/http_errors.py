@@ -181,9 +181,10 @@ def describe(error: BaseException) -> tuple[int, ErrorDetail]:
 
 
 def _typed_detail(error: BaseException, status: int) -> ErrorDetail:
-    type = "invalid_request_error" if status < 500 else "server_error"
-    type = "rate_limit_error" if status == 429 else type
-    return _detail(getattr(error, "code", "error"), str(error), type=type)
+    error_type = "invalid_request_error" if status < 500 else "server_error"
+    if status == 429:
+        error_type = "rate_limit_error"
+    return _detail(getattr(error, "code", "error"), str(error), type=error_type)
 
 
 def _server_error(code: str, message: str) -> ErrorDetail:
