@@ -47,6 +47,7 @@ def files_of_a_chat_request(folder: Path) -> set[str]:
         async def ask() -> None:
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+                await client.post("/v1/chat/completions", json=CHAT)  # builds what is built once
                 sys.setprofile(called)  # of this thread: the event loop of gateway and replica
                 try:
                     response = await client.post("/v1/chat/completions", json=CHAT)
