@@ -24,7 +24,10 @@ MOST_QUESTIONS = 0.02  # of all docstrings
 VAGUE_PEOPLE = re.compile(r"\b(nobody|somebody|anybody|whoever|anyone|someone)\b", re.IGNORECASE)
 
 FILE_LINES, CLASS_LINES, FUNCTION_LINES = 300, 200, 40
-REASON = re.compile(r"(?:^|(?<=[.:!?]\s)|(?<=\n))Longer than usual: \S")
+REASON = re.compile(r"(?:^|(?<=[.:!?]\s)|(?<=\n))Longer than (?:usual:|\d+ lines because) \S")
+
+# Modules that look up other loggers than their own → the reason.
+OTHER_LOGGERS = {"serve_app/logs.py": "passes the records of all modules on to Serve's logger"}
 
 # Private names of other libraries belong in a `*_internals.py` module. `file:name` → the reason
 # why one of them stays where it is.
@@ -71,6 +74,7 @@ def test_a_file_a_class_or_a_function_of_the_product_is_short_or_gives_its_reaso
     [
         ("A parser. Longer than usual: the grammar is one table.", True),
         ("A parser.\n\nLonger than usual: the grammar is one table.", True),
+        ("A parser. Longer than 300 lines because the grammar is one table.", True),
         ("A parser, longer than usual: the grammar is one table.", False),
         ("A parser. Longer than usual:", False),
         (None, False),
@@ -87,6 +91,7 @@ def test_a_logger_is_named_for_its_module() -> None:
     others = [
         f"{where(path, node.lineno)}: {ast.unparse(node)}"
         for path in sources(PRODUCT)
+        if str(path.relative_to(ROOT)) not in OTHER_LOGGERS
         for node in ast.walk(tree(path))
         if isinstance(node, ast.Call)
         and ast.unparse(node.func).rpartition(".")[2] == "getLogger"
