@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from hotswap_lib import BASE, Envelope, InvalidEnvelope, Slot, null_image, pack, prepare
-from hotswap_lib.injection import lora_layers
-from hotswap_lib.layer_kinds import kind
+from hotswap_lib.layers import lora_layers
+from hotswap_lib.peft_internals import layer_kind
 from tests.hotswap_lib.families import IDS, pad, randomize
 
 MAX_RANK = 8
@@ -185,7 +185,7 @@ def quantized(request: pytest.FixtureRequest, folder: Path) -> Quantized:
 def test_the_lora_layers_are_of_the_quantized_class(quantized: Quantized) -> None:
     targets = [*TARGETS, "lm_head"]
     slot = prepare(quantized.base(), envelope=Envelope(MAX_RANK, targets))
-    kinds = {name: kind(layer) for name, layer in lora_layers(slot.model, "default").items()}
+    kinds = {name: layer_kind(layer) for name, layer in lora_layers(slot.model, "default").items()}
     # transformers leaves the head as it is: two kinds of layers in one slot
     head = kinds.pop("lm_head")
     assert head in ("layer.Linear", quantized.quantization.kind)

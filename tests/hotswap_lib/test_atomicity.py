@@ -42,7 +42,7 @@ from hotswap_lib import (
 )
 from hotswap_lib.layer_kinds import LORA_BIAS
 from hotswap_lib.layout import BIAS, MAGNITUDE, SAVED, SCALING, Layout, Place, lay_out
-from hotswap_lib.slot_tensors import Site, sites
+from hotswap_lib.slot_tensors import SlotTensor, slot_tensors
 
 from .families import FAMILIES, Family
 
@@ -364,7 +364,7 @@ def live(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_verify_names_every_tensor_by_any_one_of_its_bits(live: Slot) -> None:
-    for site in sites(live.model, live.envelope, live.adapter_name):
+    for site in slot_tensors(live.model, live.envelope, live.adapter_name):
         raw = bytes_of(held(site))
         for byte, bit in ((0, 0), (len(raw) // 2, 3), (-1, 7)):
             raw[byte] ^= 1 << bit
@@ -383,14 +383,14 @@ def test_the_slots_whose_bits_are_flipped_hold_every_kind_of_tensor(live: Slot) 
     assert kinds in ({SCALING, *embedding, *rests}, {SCALING, LORA_BIAS.suffix})
 
 
-def held(site: Site) -> Any:
+def held(site: SlotTensor) -> Any:
     """What the model holds there."""
     if isinstance(site.holder, dict | torch.nn.ParameterDict):
         return site.holder[site.name]
     return getattr(site.holder, site.name)
 
 
-def bind(site: Site, value: Any) -> None:
+def bind(site: SlotTensor, value: Any) -> None:
     if isinstance(site.holder, dict):
         dict.__setitem__(site.holder, site.name, value)  # past what assigns into the slot
     elif isinstance(site.holder, torch.nn.ParameterDict):
@@ -410,7 +410,7 @@ def refused(slot: Slot) -> set[str]:
 
 
 def test_verify_names_every_tensor_whose_memory_was_exchanged(live: Slot) -> None:
-    for site in sites(live.model, live.envelope, live.adapter_name):
+    for site in slot_tensors(live.model, live.envelope, live.adapter_name):
         tensor: Any = held(site)
         own = tensor.data
         tensor.data = own.clone()
@@ -422,7 +422,7 @@ def test_verify_names_every_tensor_whose_memory_was_exchanged(live: Slot) -> Non
 def test_verify_names_every_tensor_that_was_replaced_by_its_equal_or_by_a_number(
     live: Slot,
 ) -> None:
-    for site in sites(live.model, live.envelope, live.adapter_name):
+    for site in slot_tensors(live.model, live.envelope, live.adapter_name):
         own: Any = held(site)
         for other in [copy.deepcopy(own), *([float(own)] if site.place.role == SCALING else [])]:
             bind(site, other)

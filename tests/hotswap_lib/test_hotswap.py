@@ -19,7 +19,7 @@ from hotswap_lib import (
     prepare,
     prepare_model_for_compiled_hotswap,
 )
-from hotswap_lib.slot_registry import find_slot
+from hotswap_lib.slot import find_slot
 
 from .families import FAMILIES
 
