@@ -52,10 +52,7 @@ def prepare(
         raise InvalidEnvelope("max_rank", "the model was prepared with another envelope")
     _refuse_unpreparable(model, adapter_name, allow_compiled=allow_compiled)
     adapter = _first_adapter(model, adapter_name) if isinstance(model, PeftModel) else None
-    if envelope is None:
-        if adapter is None:
-            raise InvalidEnvelope("max_rank", "a model without an adapter needs an envelope")
-        envelope = smallest_envelope(model, adapter, adapter_name)
+    envelope = envelope or _default_envelope(model, adapter, adapter_name)
     _refuse_shared_biases(model, envelope, adapter, adapter_name)
     slot = _build(model, envelope, adapter, adapter_name)
     slot_registry.register(slot)
@@ -80,6 +77,14 @@ def _first_adapter(model: PeftModel, adapter_name: str) -> Adapter:
         if peft_internals.is_merged(layer, adapter_name):
             raise NotPrepared(adapter_name, "the adapter is merged, unmerge it first")
     return Adapter.from_peft_model(model, adapter_name)
+
+
+def _default_envelope(
+    model: torch.nn.Module, adapter: Adapter | None, adapter_name: str
+) -> Envelope:
+    if adapter is None:
+        raise InvalidEnvelope("max_rank", "a model without an adapter needs an envelope")
+    return smallest_envelope(model, adapter, adapter_name)
 
 
 def smallest_envelope(

@@ -104,8 +104,8 @@ def load_adapter(
 ) -> Adapter:
     """Read an adapter; configuration and weights once each.
 
-    The weights are read into memory and not mapped: a file that is overwritten in place later can
-    neither change an adapter under its digest nor kill the process with SIGBUS.
+    The weights are read into memory and not mapped, so that overwriting the file later neither
+    changes the adapter nor kills the process with SIGBUS.
 
     Args:
         source: a directory, a URI that fsspec opens (``s3://…``, ``file://…``), a Hub id, or an
@@ -123,12 +123,12 @@ def load_adapter(
         if name is None or name == source.name:
             return source
         return Adapter(name=name, config=source.config, tensors=source.tensors)
-    where = str(source)
+    where, folder = str(source), subfolder or ""
     label = name or _default_name(where, subfolder)
     if "://" in where:
         read = adapter_files.in_uri(label, where, subfolder)
     elif isinstance(source, Path) or _is_folder(where):
-        read = adapter_files.in_directory(label, Path(where) / (subfolder or ""))
+        read = adapter_files.in_directory(label, Path(where) / folder)
     else:
         read = adapter_files.on_hub(
             label, where, subfolder, revision=revision, token=token, cache_dir=cache_dir
