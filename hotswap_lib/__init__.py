@@ -1,9 +1,10 @@
 """Swap LoRA adapters inside a live, compiled PEFT model: exactly, atomically, with one copy.
 
 The stages, each with its own type: source (`Adapter`) → pack (`AdapterImage`) → stage (`Staged`)
-→ commit (`Receipt`). Whatever can be wrong with an adapter is said before the commit.
+→ commit (`Receipt`). Every check of an adapter comes before the commit.
 
-Names are imported on first use, so a process that needs only errors and revisions loads no torch.
+Names are imported on first use: a process that needs only errors, revisions and envelopes does not
+import torch.
 """
 
 from importlib import import_module
@@ -54,9 +55,9 @@ if TYPE_CHECKING:
     from .layout import Layout
     from .preparation import prepare
     from .revision import BASE, Revision
-    from .slot import Slot
+    from .slot import Receipt, Slot
     from .source import Adapter, load_adapter
-    from .staging import Receipt, Staged
+    from .staging import Staged
 
 __all__ = [
     "BASE",
@@ -111,8 +112,8 @@ __all__ = [
     "suggest_envelope",
 ]
 
-# module → the public names in it
-_HOMES = {
+# module → its public names
+_PUBLIC = {
     "envelope": ("Envelope",),
     "errors": (
         "AdapterConfigInvalid",
@@ -157,18 +158,18 @@ _HOMES = {
     "layout": ("Layout",),
     "preparation": ("prepare",),
     "revision": ("BASE", "Revision"),
-    "slot": ("Slot",),
+    "slot": ("Receipt", "Slot"),
     "source": ("Adapter", "load_adapter"),
-    "staging": ("Receipt", "Staged"),
+    "staging": ("Staged",),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
-    globals()[name] = value  # the next look-up does not come here
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value  # later lookups do not call this function
     return value
 
 

@@ -1,8 +1,8 @@
-"""The bond between a model and its slot: every link from the model down to each slot tensor.
+"""Detects a model that no longer reads its slot.
 
 Moving or casting the model, deleting and loading the adapter, unloading PEFT: each of these leaves
-a slot whose commits the model would not see. A look at the links finds that out in less time than
-enumerating the model's tensors again would take.
+a slot whose commits the model would not see. `BindingCheck` records every link from the model down
+to each slot tensor and compares them later, which is faster than enumerating the tensors again.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from peft.tuners.lora import LoraLayer
 
+from . import peft_internals, torch_internals
 from .layout import Entry
-from .slot_tensors import Site
+from .slot_tensors import SlotTensor
 
 
 class _Holder(Protocol):
@@ -24,51 +25,53 @@ class _Holder(Protocol):
 Link = tuple[_Holder, str, object]
 
 
-class Bond:
-    """Made when the slot's tensors are in their places; says later whether they still are.
+class BindingCheck:
+    """The links to some slot tensors, recorded when the tensors were bound.
 
     Args:
-        model: what is called; the links begin here.
-        found: where the model keeps each tensor.
+        model: the model that is called; the links begin here.
+        found: the places of the tensors in the model.
         bound: key → the tensor that is there.
         layers: module name → LoRA layer.
-        entries: the tensors to look at, each with what is above it.
+        entries: the tensors to check.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        found: Sequence[Site],
+        found: Sequence[SlotTensor],
         bound: Mapping[str, torch.Tensor],
+        *,
         layers: Mapping[str, LoraLayer],
         entries: Sequence[Entry],
     ) -> None:
         parents: dict[int, tuple[torch.nn.Module, Link]] = {}
         for module in model.modules():
-            for name, child in module._modules.items():
+            children = torch_internals.children(module)
+            for name, child in children.items():
                 if child is not None:
-                    parents[id(child)] = module, (module._modules, name, child)
-        sites = {site.place.key: site for site in found}
+                    parents[id(child)] = module, (children, name, child)
+        places = {one.place.key: one for one in found}
         links: dict[tuple[int, str], tuple[Link, str]] = {}
         for entry in entries:
             tensor = bound[entry.key]
-            for link in _links(sites[entry.key], tensor, layers, parents):
+            for link in _links(places[entry.key], tensor, layers, parents):
                 links.setdefault((id(link[0]), link[1]), (link, entry.key))
         self._links = [(*link, key) for link, key in links.values()]
-        self._tensors = [_Bound(entry.key, bound[entry.key]) for entry in entries]
+        self._tensors = [_Recorded(entry.key, bound[entry.key]) for entry in entries]
 
     def broken(self) -> tuple[str, str] | None:
-        """The first tensor that is not the model's any more, and why."""
+        """The key of the first tensor that the model no longer reads, and why; None if all are."""
         for mapping, name, expected, key in self._links:
             held = mapping.get(name)
             # a layer may have been replaced by torch.compile's wrapper around it
-            if held is not expected and getattr(held, "_orig_mod", None) is not expected:
+            if held is not expected and not torch_internals.is_wrapper_of(held, expected):
                 return key, "the model holds something else in its place"
         return next(((one.key, why) for one in self._tensors if (why := one.changed())), None)
 
 
-class _Bound:
-    """A slot tensor, and what compiled code knows of it."""
+class _Recorded:
+    """A slot tensor, with the pointer, shape, stride and dtype that compiled code relies on."""
 
     __slots__ = ("_dtype", "_pointer", "_shape", "_stride", "_tensor", "key")
 
@@ -88,29 +91,29 @@ class _Bound:
 
 
 class _ScalingsOf:
-    """A layer's scalings, whichever dict they are in: PEFT puts copies of it in its place."""
+    """A layer's current scalings: PEFT replaces the dict by copies of it."""
 
     def __init__(self, layer: LoraLayer) -> None:
         self._layer = layer
 
     def get(self, name: str) -> object:
-        return self._layer.scaling.get(name)
+        return peft_internals.scalings(self._layer).get(name)
 
 
 def _links(
-    site: Site,
+    found: SlotTensor,
     tensor: torch.Tensor,
     layers: Mapping[str, LoraLayer],
     parents: Mapping[int, tuple[torch.nn.Module, Link]],
 ) -> Iterator[Link]:
-    """From the tensor up to the model."""
-    if isinstance(site.holder, torch.nn.Module):
-        owner = site.holder
-        mapping = owner._parameters if site.name in owner._parameters else owner._buffers
-        yield mapping, site.name, tensor
+    """The links from the tensor up to the model."""
+    if isinstance(found.holder, torch.nn.Module):
+        owner = found.holder
+        own = torch_internals.parameters(owner)
+        yield own if found.name in own else torch_internals.buffers(owner), found.name, tensor
     else:
-        owner = layers[site.place.module]
-        yield _ScalingsOf(owner), site.name, tensor
+        owner = layers[found.place.module]
+        yield _ScalingsOf(owner), found.name, tensor
     while id(owner) in parents:
         owner, link = parents[id(owner)]
         yield link

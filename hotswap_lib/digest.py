@@ -1,7 +1,7 @@
-"""The digest of an adapter content: BLAKE3 over its weights and the fields that change its output.
+"""The digest of an adapter: BLAKE3 over its weights and the fields that change its output.
 
-The weights count in the dtype that they are stored in. Renaming a directory, another dropout or
-another author's comment does not change the digest; one flipped bit or another alpha does.
+The weights are hashed in the dtype that they are stored in. The directory's name and the dropout
+do not change the digest; one flipped bit or another alpha does.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from blake3 import blake3
 from .memory import Bytes
 from .revision import Revision
 
-# Field → PEFT's default, so that a config that spells a default out and one that leaves it away
-# are the same revision. Target modules are absent: the tensors' keys say what is there. So is
-# fan_in_fan_out, which PEFT sets to what the base layer's class needs.
+# Field → PEFT's default, so that a config that contains a default and one that omits it are the
+# same revision. Target modules are absent: the tensors' keys name them. So is fan_in_fan_out,
+# which PEFT sets from the base layer's class.
 OUTPUT_FIELDS: dict[str, Any] = {
     "r": 8,
     "lora_alpha": 8,
@@ -35,12 +35,12 @@ OUTPUT_FIELDS: dict[str, Any] = {
 def revision_of(
     name: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> Revision:
-    """The revision of an adapter content; tensors under their canonical checkpoint keys."""
+    """The revision of an adapter; ``tensors`` have PEFT's checkpoint keys."""
     ordered = sorted(tensors)
     table = [[key, str(tensors[key].dtype), list(tensors[key].shape)] for key in ordered]
-    # patterns as they stand: PEFT takes the first that matches, so their order is content
+    # patterns in their own order: PEFT takes the first that matches, so their order is content
     head = json.dumps([table, _output_fields(config)], default=str)
-    # BLAKE3: as collision-resistant as SHA-256 and several times faster, and this is in every swap
+    # BLAKE3: as collision-resistant as SHA-256 and several times faster; every swap computes it
     digest = blake3(head.encode(), max_threads=blake3.AUTO)
     for run in _runs([tensors[key] for key in ordered]):
         digest.update(run.data)
@@ -56,9 +56,9 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def _runs(tensors: Sequence[torch.Tensor]) -> Iterator[Bytes]:
-    """The tensors' bytes one after the other, row-major, without a copy where they are on the CPU.
+    """The tensors' bytes in order, row-major, without a copy if they are on the CPU.
 
-    What lies in one piece comes in one piece: the tensors of a safetensors file usually do.
+    Adjacent tensors are one run: usually all tensors of a safetensors file.
     """
     first: torch.Tensor | None = None
     begin = end = 0

@@ -1,21 +1,21 @@
-"""Plain LoRA in a DoRA layer: the magnitude with which DoRA computes what plain LoRA computes.
+"""Plain LoRA in a DoRA layer: the magnitude with which DoRA computes the same as plain LoRA.
 
 A DoRA layer scales its output by ``magnitude / norm(W + s·BA)`` (arXiv 2402.09353, eq. 5). With
-the magnitude set to that very norm the factor is exactly 1, so adapters without DoRA, and no
-adapter at all, fit into a slot that was prepared for DoRA. The norm comes from PEFT's own
-functions on the layer itself, since a factor of 1 needs the same rounding.
+the magnitude set to that norm the factor is exactly 1, so adapters without DoRA, and no adapter at
+all, fit into a slot that was prepared for DoRA. PEFT's own functions compute the norm, because a
+factor of exactly 1 needs the same rounding.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 
-from .layer_kinds import kind
+from . import peft_internals
+from .layer_kinds import is_embedding
+from .torch_internals import with_parameters
 
 
 def neutral_magnitude(
@@ -27,39 +27,29 @@ def neutral_magnitude(
         layer: the layer that will compute with it.
         adapter_name: PEFT's name of the adapter.
         tensors: role → the padded tensor that will be live.
-        scaling: what will be live, 0-dim.
+        scaling: the scaling that will be live, 0-dim.
 
     Returns:
         a tensor of the shape of the layer's magnitude.
     """
-    dora = layer.lora_magnitude_vector[adapter_name]
+    magnitude = peft_internals.magnitude_module(layer, adapter_name)
     base = layer.get_base_layer()
+    lora_A: torch.Tensor | torch.nn.Module
+    lora_B: torch.Tensor | torch.nn.Module
     with torch.no_grad():
-        if kind(layer) == "layer.Embedding":
+        if is_embedding(layer):
             weight = base.weight
-            delta = dora.get_lora_weight(
-                lora_A=tensors["lora_embedding_A"].T, lora_B=tensors["lora_embedding_B"].T
-            )
+            lora_A, lora_B = tensors["lora_embedding_A"].T, tensors["lora_embedding_B"].T
         else:
-            lora_a = _with(layer.lora_A[adapter_name], weight=tensors["lora_A.weight"])
-            held = {"weight": tensors["lora_B.weight"], "bias": tensors.get("lora_B.bias")}
-            lora_b = _with(layer.lora_B[adapter_name], **held)
-            weight = dequantize_module_weight(base)
+            weight = peft_internals.dequantized_weight(base)
             weight = weight.to(tensors["lora_A.weight"].dtype) if weight.ndim == 2 else weight
-            delta = dora.get_lora_weight(lora_A=lora_a, lora_B=lora_b)
-            delta = delta.reshape(weight.shape) if weight.ndim > 2 else delta
-        norm: torch.Tensor = dora.get_weight_norm(weight=weight, lora_weight=delta, scaling=scaling)
-        return norm
-
-
-def _with(module: torch.nn.Module, **parameters: torch.Tensor | None) -> torch.nn.Module:
-    """The module over other parameters; the module itself is left alone."""
-    other = copy.copy(module)
-    other._parameters = dict.fromkeys(module._parameters) | parameters
-    return other
-
-
-def drop_cache(layer: LoraLayer, adapter_name: str) -> None:
-    """Forget norms that PEFT may have kept from the weights before (``ENABLE_DORA_CACHING``)."""
-    if adapter_name in layer.lora_magnitude_vector:
-        layer.lora_magnitude_vector[adapter_name]._dora_cache.clear()
+            lora_A = with_parameters(
+                layer.lora_A[adapter_name], {"weight": tensors["lora_A.weight"]}
+            )
+            lora_B = with_parameters(
+                layer.lora_B[adapter_name],
+                {"weight": tensors["lora_B.weight"], "bias": tensors.get("lora_B.bias")},
+            )
+        return peft_internals.weight_norm(
+            magnitude, weight=weight, lora_A=lora_A, lora_B=lora_B, scaling=scaling
+        )

@@ -1,12 +1,17 @@
-"""The envelope: what a slot accepts. Decided once, before the layout, for all adapters to come."""
+"""The envelope: the bounds of the adapters that a slot accepts. Needs no torch.
+
+It is chosen once, before the layout, for all adapters to come.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from .errors import InvalidEnvelope
+
+if TYPE_CHECKING:
+    import torch
 
 _DTYPES = {"float16", "bfloat16", "float32", "float64"}
 _BIASES = {"none", "lora_only", "all"}
@@ -20,9 +25,9 @@ class Envelope:
         max_rank: the highest rank; lower ranks are padded with zeros up to it.
         target_modules: module names or suffixes, a regular expression, or ``"all-linear"``.
         modules_to_save: modules whose full weights adapters may replace.
-        use_dora: whether adapters may use DoRA.
-        bias: whose biases adapters may replace: ``"none"``, ``"lora_only"`` or ``"all"``.
-        lora_bias: whether adapters may have a bias on lora_B.
+        use_dora: True if adapters may use DoRA.
+        bias: the biases that adapters may replace: ``"none"``, ``"lora_only"`` or ``"all"``.
+        lora_bias: True if adapters may have a bias on lora_B.
         dtype: the slot's dtype, as ``torch.bfloat16`` or ``"bfloat16"``; None follows PEFT,
             which keeps LoRA weights in float32 over a 16 bit base model.
 
@@ -54,7 +59,7 @@ class Envelope:
             target_modules = tuple(sorted(target_modules))
         if isinstance(modules_to_save, str):
             raise InvalidEnvelope("modules_to_save", f"is a list of names, not {modules_to_save!r}")
-        if isinstance(dtype, torch.dtype):
+        if dtype is not None:
             dtype = str(dtype).removeprefix("torch.")
         for field, value in {
             "max_rank": max_rank,
@@ -83,6 +88,6 @@ class Envelope:
         if self.use_dora and self.lora_bias:
             raise InvalidEnvelope("lora_bias", "PEFT has no layers with both DoRA and lora_bias")
         if self.bias == "all" and self.modules_to_save:
-            raise InvalidEnvelope("bias", "'all' and modules_to_save would hold some biases twice")
+            raise InvalidEnvelope("bias", "'all' and modules_to_save would store some biases twice")
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise InvalidEnvelope("dtype", f"is one of {sorted(_DTYPES)}, not {self.dtype!r}")

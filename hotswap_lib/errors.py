@@ -1,4 +1,4 @@
-"""Every refusal of hotswap_lib, raised before anything live has changed.
+"""Every error of hotswap_lib. Needs no torch. Each is raised before any live weight has changed.
 
     HotswapError                          code
     ├── AdapterRefused                    unsupported_adapter
@@ -27,9 +27,9 @@
     │   └── SlotTensorMoved               slot_tensor_moved
     └── RecompiledAfterWarmup             recompiled_after_warmup
 
-The facts are positional arguments and the sentence is made in ``__str__``, so each of them
-survives ``pickle``: they cross process boundaries. ``code`` never changes for a given class and
-may be shown to clients.
+Errors cross process boundaries: the arguments are positional and the sentence is built in
+``__str__``, so each error survives ``pickle``. ``code`` never changes for a given class and may be
+sent to clients.
 """
 
 from __future__ import annotations
@@ -38,13 +38,19 @@ from typing import ClassVar
 
 
 class HotswapError(Exception):
-    """The root: catch it to catch whatever this library refuses."""
+    """The root of the tree: catches every error of this library."""
 
     code: ClassVar[str] = "hotswap_error"
 
 
 class AdapterRefused(HotswapError):
-    """An adapter that breaks a rule: which adapter, which tensor (or none), which rule."""
+    """An adapter breaks a rule.
+
+    Args:
+        adapter: its name.
+        tensor: the tensor's checkpoint key, if one tensor is at fault.
+        rule: the rule, as the end of a sentence about the adapter or the tensor.
+    """
 
     code = "unsupported_adapter"
 
@@ -60,13 +66,13 @@ class AdapterRefused(HotswapError):
 
 
 class AdapterNotFound(AdapterRefused):
-    """Nothing to load at the given path, URI or Hub id."""
+    """There is no adapter at the given path, URI or Hub id, or it cannot be read."""
 
     code = "adapter_not_found"
 
 
 class AdapterConfigInvalid(AdapterRefused):
-    """``adapter_config.json`` is missing, is not JSON, is not LoRA, or has a senseless value."""
+    """``adapter_config.json`` is missing, is not JSON, is not LoRA, or has an invalid value."""
 
     code = "adapter_config_invalid"
 
@@ -102,13 +108,13 @@ class RankMismatch(AdapterRefused):
 
 
 class TargetOutsideEnvelope(AdapterRefused):
-    """The adapter has weights for a module that has no place in the slot."""
+    """The adapter has LoRA on a module that is not one of the envelope's targets."""
 
     code = "target_outside_envelope"
 
 
 class FeatureOutsideEnvelope(AdapterRefused):
-    """The adapter uses DoRA, a bias, saved modules, ... and the envelope has no place for it."""
+    """The adapter uses DoRA, a bias, saved modules, ... that the envelope does not allow."""
 
     code = "feature_outside_envelope"
 
@@ -126,7 +132,7 @@ class MissingTensor(AdapterRefused):
 
 
 class InvalidEnvelope(HotswapError):
-    """An envelope that makes no sense, or that this model cannot hold."""
+    """The envelope is invalid, or this model cannot hold it."""
 
     code = "invalid_envelope"
 
@@ -140,7 +146,7 @@ class InvalidEnvelope(HotswapError):
 
 
 class ImageRefused(HotswapError):
-    """An image that this slot does not take."""
+    """The slot does not accept the image."""
 
     code = "image_refused"
 
@@ -160,13 +166,13 @@ class LayoutMismatch(ImageRefused):
 
 
 class ImageCorrupted(ImageRefused):
-    """The image's bytes are not the bytes that were packed."""
+    """The image's bytes changed since it was packed."""
 
     code = "image_corrupted"
 
 
 class ImageUnreadable(ImageRefused):
-    """The file is no image. It is named by its path, since it does not say its revision."""
+    """The file is not an image. ``revision`` is its path."""
 
     code = "image_unreadable"
 
@@ -178,7 +184,7 @@ class ForeignStaged(ImageRefused):
 
 
 class NothingToRollBack(HotswapError):
-    """Rollback was asked for and nothing was live before what is live now."""
+    """A rollback needs an image that was live before the current one."""
 
     code = "nothing_to_roll_back"
 
@@ -191,7 +197,7 @@ class NothingToRollBack(HotswapError):
 
 
 class NotPrepared(HotswapError):
-    """The model has no slot, and cannot be given one any more."""
+    """The model has no slot, and cannot be given one."""
 
     code = "not_prepared"
 
@@ -205,7 +211,7 @@ class NotPrepared(HotswapError):
 
 
 class AlreadyCompiled(HotswapError):
-    """``prepare`` came after compile, so compiled code holds on to the old tensors."""
+    """``prepare`` came after compile: compiled code would keep using the old tensors."""
 
     code = "already_compiled"
 
@@ -218,7 +224,7 @@ class AlreadyCompiled(HotswapError):
 
 
 class AdapterMerged(HotswapError):
-    """The adapter is merged into the base weights, where no commit reaches it."""
+    """The adapter is merged into the base weights, which a commit does not change."""
 
     code = "adapter_merged"
 
@@ -231,7 +237,7 @@ class AdapterMerged(HotswapError):
 
 
 class VerifyFailed(HotswapError):
-    """The live slot does not hold what it should: which revision, which tensor, what is wrong."""
+    """The slot's bytes are not those of the live revision; names the first wrong tensor."""
 
     code = "verify_failed"
 
@@ -246,7 +252,7 @@ class VerifyFailed(HotswapError):
 
 
 class SlotTensorMoved(VerifyFailed):
-    """A slot tensor was rebound: compiled code still reads the old memory."""
+    """The model no longer reads a slot tensor: it was moved, cast, replaced or deleted."""
 
     code = "slot_tensor_moved"
 

@@ -1,7 +1,7 @@
-"""Does an adapter fit a layout? Every rule about adapters is here, and pack asks them all.
+"""Match an adapter with a layout: every rule about adapters that a layout decides.
 
-Looks only at the configuration and at keys, shapes and dtypes; whether the values are finite is
-checked by `hotswap_lib.image` on the packed bytes, after the cast into the slot's dtype.
+Reads only the configuration, keys, shapes and dtypes. `hotswap_lib.image` checks that the values
+are finite, on the packed bytes, after the cast into the slot's dtype.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .adapter_config import Settings, read_settings, refuse_unsupported
+from .adapter_config import AdapterConfig, refuse_unsupported
 from .digest import tensor_digest
 from .envelope import Envelope
 from .errors import (
@@ -35,13 +35,13 @@ _PAIR = re.compile(r"(?P<module>.+)\.lora_(embedding_)?[AB](\.weight)?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Write:
-    """One tensor of the adapter's and where it goes.
+    """One tensor of the adapter, and its entry in the layout.
 
     Attributes:
         index: of the entry in the layout.
-        entry: where it goes.
+        entry: the position that it is written to.
         tensor: as it is in the checkpoint.
-        rank: the rank that the adapter has there; 0 where the shape does not depend on it.
+        rank: the adapter's rank for this module; 0 where the shape does not depend on it.
     """
 
     index: int
@@ -52,11 +52,11 @@ class Write:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """An adapter that fits: what to write where.
+    """An adapter that fits: the tensors to write.
 
     Attributes:
         writes: in the layout's order.
-        scalings: module → scaling; modules that the adapter leaves alone are absent.
+        scalings: module → scaling; only modules with LoRA in the adapter.
         ranks: module → the adapter's own rank, unpadded.
     """
 
@@ -71,43 +71,54 @@ def fit(adapter: Adapter, layout: Layout) -> Fit:
     Raises:
         AdapterRefused: the subclass for the rule that it breaks.
     """
-    settings = read_settings(adapter)
-    refuse_unsupported(adapter)
-    _refuse_features(adapter, settings, layout.envelope)
-    entries = {entry.key: entry for entry in layout.entries if not entry.is_scaling}
-    carried = {key for key in layout.base_weights if key in adapter.tensors}
-    for key in sorted(carried):
-        _check_base_weight(adapter, key, layout)
+    config = adapter.parsed_config
+    refuse_unsupported(adapter.name, adapter.config)
+    _refuse_features(adapter, layout.envelope)
     tensors = _by_entry(adapter, layout)
-    for key in sorted(tensors.keys() - carried):
-        if key not in entries:
-            raise _unplaced(adapter, key, layout)
-        _check_configured(adapter, entries[key], settings)
-    ranks = {
-        entry.module: settings.rank(entry.module)
-        for key, entry in entries.items()
-        if entry.padding is not None and key in tensors
-    }
-    for module in ranks:  # PEFT would leave such tensors where they are
-        if not settings.has_lora_on(module):
-            rule = f"it has LoRA on {module!r}, which its configuration does not target"
-            raise AdapterConfigInvalid(adapter.name, None, rule)
-    if not ranks:
-        raise MissingTensor(adapter.name, None, "there is no LoRA tensor in it")
+    _check_keys(adapter, layout, tensors)
+    ranks = _ranks(adapter, layout, tensors)
     writes = []
     for index, entry in enumerate(layout.entries):
         tensor = None if entry.is_scaling else tensors.get(entry.key)
         if tensor is None:
-            _check_absent(adapter, entry, settings, ranks)
+            _check_absent(adapter, entry, ranks)
             continue
         rank = ranks.get(entry.module, 0)
         _check_tensor(adapter, entry, tensor, rank)
         writes.append(Write(index=index, entry=entry, tensor=tensor, rank=rank))
     return Fit(
         writes=tuple(writes),
-        scalings={module: _scaling(adapter, settings, module) for module in ranks},
+        scalings={module: _scaling(adapter, config, module) for module in ranks},
         ranks=ranks,
     )
+
+
+def _check_keys(adapter: Adapter, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Every tensor needs an entry, and the configuration has to announce it."""
+    entries = {entry.key: entry for entry in layout.entries if not entry.is_scaling}
+    carried = {key for key in layout.base_weights if key in adapter.tensors}
+    for key in sorted(carried):
+        _check_base_weight(adapter, key, layout)
+    for key in sorted(tensors.keys() - carried):
+        if key not in entries:
+            raise _without_entry(adapter, key, layout)
+        _check_configured(adapter, entries[key])
+
+
+def _ranks(adapter: Adapter, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    config = adapter.parsed_config
+    ranks = {
+        entry.module: config.rank(entry.module)
+        for entry in layout.entries
+        if entry.padding is not None and entry.key in tensors
+    }
+    for module in ranks:  # PEFT would ignore such tensors without an error
+        if not config.has_lora_on(module):
+            rule = f"it has LoRA on {module!r}, which its configuration does not target"
+            raise AdapterConfigInvalid(adapter.name, None, rule)
+    if not ranks:
+        raise MissingTensor(adapter.name, None, "there is no LoRA tensor in it")
+    return ranks
 
 
 def _by_entry(adapter: Adapter, layout: Layout) -> dict[str, torch.Tensor]:
@@ -121,18 +132,18 @@ def _by_entry(adapter: Adapter, layout: Layout) -> dict[str, torch.Tensor]:
     return {names.get(key, key): tensor for key, tensor in adapter.tensors.items()}
 
 
-def _scaling(adapter: Adapter, settings: Settings, module: str) -> float:
-    scaling = settings.scaling(module)
+def _scaling(adapter: Adapter, config: AdapterConfig, module: str) -> float:
+    scaling = config.scaling(module)
     if abs(scaling) > torch.finfo(torch.float32).max:
         rule = f"the scaling {scaling} of module {module!r} overflows float32"
         raise AdapterConfigInvalid(adapter.name, None, rule)
     return scaling
 
 
-def _refuse_features(adapter: Adapter, settings: Settings, envelope: Envelope) -> None:
+def _refuse_features(adapter: Adapter, envelope: Envelope) -> None:
     for field in ("use_dora", "lora_bias", "modules_to_save"):
-        asked, given = getattr(settings, field), getattr(envelope, field)
-        if asked and not given:  # even where the tensors are missing: PEFT would make them up
+        asked, given = getattr(adapter.parsed_config, field), getattr(envelope, field)
+        if asked and not given:  # even if the tensors are missing: PEFT would initialise them
             rule = f"it has {field}={adapter.config[field]!r}, and the envelope has {given!r}"
             raise FeatureOutsideEnvelope(adapter.name, None, rule)
 
@@ -147,7 +158,7 @@ def _check_base_weight(adapter: Adapter, key: str, layout: Layout) -> None:
         raise FeatureOutsideEnvelope(adapter.name, key, rule)
 
 
-def _unplaced(adapter: Adapter, key: str, layout: Layout) -> AdapterRefused:
+def _without_entry(adapter: Adapter, key: str, layout: Layout) -> AdapterRefused:
     envelope = layout.envelope
     if match := _PAIR.fullmatch(key):
         module = match["module"].removeprefix(PREFIX)
@@ -157,13 +168,13 @@ def _unplaced(adapter: Adapter, key: str, layout: Layout) -> AdapterRefused:
         )
         return TargetOutsideEnvelope(adapter.name, key, rule)
     if key.endswith(".lora_magnitude_vector"):
-        what = "it is a DoRA magnitude that the envelope has no place for"
+        what = "it is a DoRA magnitude that the envelope does not cover"
     elif key.endswith(".lora_B.bias"):
-        what = "it is a bias of lora_B that the envelope has no place for"
+        what = "it is a bias of lora_B that the envelope does not cover"
     elif key.endswith(".bias") and adapter.config.get("bias", "none") != "none":
         what = f"it is a trained bias, and the envelope has bias={envelope.bias!r}"
     elif ".lora_" in key:
-        what = "it is a part of LoRA for which no envelope has a place"
+        what = "it is a LoRA tensor of a kind that no envelope supports"
     else:
         saved = _shown(envelope.modules_to_save) if envelope.modules_to_save else "none"
         what = f"it is a weight of the base model, and of no saved module of the envelope ({saved})"
@@ -177,35 +188,33 @@ def _shown(targets: str | tuple[str, ...]) -> str:
     return ", ".join(targets[:8]) + more
 
 
-def _check_configured(adapter: Adapter, entry: Entry, settings: Settings) -> None:
-    """The tensor has a place. Does the configuration speak of it as well?"""
-    rule = None
-    if entry.role == MAGNITUDE and not settings.use_dora:
+def _check_configured(adapter: Adapter, entry: Entry) -> None:
+    """Rejects a tensor that has an entry, and that the configuration does not announce."""
+    config, rule = adapter.parsed_config, None
+    if entry.role == MAGNITUDE and not config.use_dora:
         rule = "it is a DoRA magnitude, and the configuration says use_dora=False"
-    elif entry.role == LORA_BIAS.suffix and not settings.lora_bias:
+    elif entry.role == LORA_BIAS.suffix and not config.lora_bias:
         rule = "it is a bias of lora_B, and the configuration says lora_bias=False"
-    elif entry.role == BIAS and settings.bias == "none":
+    elif entry.role == BIAS and config.bias == "none":
         rule = "it is a trained bias, and the configuration says bias='none'"
-    elif entry.role == SAVED and not settings.saves(entry.module):
+    elif entry.role == SAVED and not config.saves(entry.module):
         rule = f"module {entry.module!r} is not in the configuration's modules_to_save"
     if rule is not None:
         raise AdapterConfigInvalid(adapter.name, entry.key, rule)
 
 
-def _check_absent(
-    adapter: Adapter, entry: Entry, settings: Settings, ranks: Mapping[str, int]
-) -> None:
-    """The tensor is not there. May it be absent?"""
-    rule = None
-    if entry.role == SAVED and settings.saves(entry.module):
+def _check_absent(adapter: Adapter, entry: Entry, ranks: Mapping[str, int]) -> None:
+    """Rejects an adapter that needs a tensor for this entry and does not have it."""
+    config, rule = adapter.parsed_config, None
+    if entry.role == SAVED and config.saves(entry.module):
         rule = f"the configuration saves module {entry.module!r}, and it is not there"
     elif entry.module not in ranks:
         return
     elif entry.padding is not None:
         rule = "its LoRA pair is there and it is not"
-    elif entry.role == MAGNITUDE and settings.use_dora:
+    elif entry.role == MAGNITUDE and config.use_dora:
         rule = "the configuration says use_dora=True, and it is not there"
-    elif entry.role == LORA_BIAS.suffix and settings.lora_bias:
+    elif entry.role == LORA_BIAS.suffix and config.lora_bias:
         rule = "the configuration says lora_bias=True, and it is not there"
     if rule is not None:
         raise MissingTensor(adapter.name, entry.key, rule)

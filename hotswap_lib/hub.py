@@ -1,98 +1,81 @@
-"""Adapters on the Hugging Face Hub: one commit, then configuration and weights at that commit."""
+"""Adapters on the Hugging Face Hub: one snapshot, at one commit, of two files.
+
+``snapshot_download`` resolves the revision once, so a push between two downloads cannot mix two
+versions. Under ``HF_HUB_OFFLINE=1`` it uses the cache alone. `has_file` is separate because a
+pickle must be noticed and never downloaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import glob
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import AdapterNotFound
 
 
-def reader(
+def download(
     label: str,
     repo_id: str,
     *,
+    files: Sequence[str],
     revision: str | None,
     token: str | bool | None,
     cache_dir: str | Path | None,
-    subfolder: str | None,
-) -> Callable[[str], bytes | None]:
-    """Reads files of one repository; the first answer pins the commit for those after it.
+) -> Path:
+    """The folder of one commit, with those of the files that the repository has.
 
-    A push between two downloads can therefore not mix two versions. Works from the cache alone
-    under ``HF_HUB_OFFLINE=1``.
+    Args:
+        label: the adapter's name in errors.
+        files: paths inside the repository.
+        revision: branch, tag or commit; None for the default branch.
 
     Raises:
-        AdapterNotFound: what was given is not a Hub id; later, the repository cannot be reached.
+        AdapterNotFound: the id is invalid, or the repository cannot be read.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        rule = f"{repo_id!r} is no directory, no URI and no Hub id"
-        raise AdapterNotFound(label, None, rule) from error
-    pinned, at_commit = revision, False
-    prefix = f"{subfolder}/" if subfolder else ""
-
-    def read(file: str) -> bytes | None:
-        nonlocal pinned, at_commit
-        try:
-            if file.endswith(".bin"):  # a pickle is never fetched, only noticed
-                found = _exists(repo_id, f"{prefix}{file}", pinned, token, cache_dir)
-                return b"" if found else None
-            path = hf_hub_download(
+        return Path(
+            snapshot_download(
                 repo_id,
-                file,
-                subfolder=subfolder,
-                revision=pinned,
+                revision=revision,
+                allow_patterns=[glob.escape(file) for file in files],
                 token=token,
                 cache_dir=cache_dir,
             )
-        except EntryNotFoundError as error:
-            # not in the cache and the Hub is out of reach, which is not the same as absent, unless
-            # this commit's other files are in the cache and nobody wants the Hub to be asked
-            if isinstance(error, LocalEntryNotFoundError) and not (HF_HUB_OFFLINE and at_commit):
-                raise AdapterNotFound(label, None, _unreachable(repo_id, error)) from error
-            return None
-        except Exception as error:  # httpx, requests, OSError: the client's choice changes
-            raise AdapterNotFound(label, None, _unreachable(repo_id, error)) from error
-        if commit := _commit_of(Path(path)):
-            pinned, at_commit = commit, True
-        return Path(path).read_bytes()
-
-    return read
+        )
+    except HFValidationError as error:
+        rule = f"{repo_id!r} is not a directory, a URI or a Hub id"
+        raise AdapterNotFound(label, None, rule) from error
+    except Exception as error:  # httpx, OSError, ...: the classes differ between versions
+        raise AdapterNotFound(label, None, _unreadable(repo_id, error)) from error
 
 
-def _exists(
-    repo_id: str,
-    path: str,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
+def has_file(
+    label: str, repo_id: str, snapshot: Path, file: str, *, token: str | bool | None
 ) -> bool:
-    from huggingface_hub import file_exists, try_to_load_from_cache
+    """True if the commit of a snapshot has this file. The file is not downloaded.
+
+    Args:
+        snapshot: the folder from `download`.
+
+    Raises:
+        AdapterNotFound: the repository cannot be read.
+    """
+    from huggingface_hub import file_exists
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    cached = try_to_load_from_cache(repo_id, path, cache_dir=cache_dir, revision=revision)
-    if isinstance(cached, str) or HF_HUB_OFFLINE:
-        return isinstance(cached, str)
-    return file_exists(repo_id, path, revision=revision, token=token)
+    if (snapshot / file).is_file() or HF_HUB_OFFLINE:
+        return (snapshot / file).is_file()
+    try:
+        # the folder's name is the commit
+        return bool(file_exists(repo_id, file, revision=snapshot.name, token=token))
+    except Exception as error:
+        raise AdapterNotFound(label, None, _unreadable(repo_id, error)) from error
 
 
-def _commit_of(path: Path) -> str | None:
-    """The commit in a cached file's path: ``…/snapshots/<commit>/…``."""
-    parts = path.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
-
-
-def _unreachable(repo_id: str, error: Exception) -> str:
+def _unreadable(repo_id: str, error: Exception) -> str:
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"Hub repository {repo_id!r} cannot be read: {first_line}"

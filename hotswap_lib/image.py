@@ -1,8 +1,7 @@
-"""Images: an adapter packed for a layout. The second stage: source → pack → stage → commit.
+"""Images: adapters packed for a layout. The second stage: source → pack → stage → commit.
 
-`pack` runs on the host alone and asks every question about the adapter, so whatever is wrong with
-one is said before any live memory is touched. The image's bytes are the slot's bytes: committing
-it is a copy and nothing else.
+`pack` runs on the host and checks everything about the adapter, so a bad one is rejected before
+live memory is touched. The image's bytes are the slot's bytes: a commit only copies them.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from .memory import Bytes, allocate, row_major
 from .revision import BASE, Revision
 from .source import Adapter, load_adapter
 
-# What peft_config has to say about the live adapter so that PEFT finds the same layers again.
+# The fields of peft_config that PEFT needs to rebuild the live adapter's layers.
 CONFIG_FIELDS = (
     "r",
     "lora_alpha",
@@ -48,16 +47,16 @@ class AdapterImage:
     """One adapter, ready to copy into any slot of one layout.
 
     Attributes:
-        revision: which adapter this is.
+        revision: the adapter's revision.
         layout_fingerprint: of the layout that it was packed for.
-        blocks: one uint8 array per block of the layout, read-only. Ray's object store and any
-            other pickle protocol 5 transport carry them out of band, without a copy.
+        blocks: one uint8 array per block of the layout, read-only. Ray's object store, like any
+            transport with pickle protocol 5, carries them out of band, without a copy.
         config: the fields of the adapter's configuration that `CONFIG_FIELDS` names.
         ranks: module → unpadded rank, for the LoRA layers that the adapter changes.
-        written: the layout's entries that hold something of the adapter's, by index, ascending. A
-            slot lets the others rest.
-        arrived_as: the digest that it came with from another process or from a file; None for an
-            image that was packed here. A slot checks the bytes against it before it takes them.
+        written: the indices of the layout's entries that the adapter has values for, ascending. A
+            slot fills the others with their defaults.
+        arrived_as: its digest when it left another process or was saved; None for an image that
+            was packed here. A slot compares the bytes with it before it stages them.
     """
 
     revision: Revision
@@ -80,15 +79,18 @@ class AdapterImage:
 
     @property
     def digest(self) -> str:
-        """64 hex characters over everything above. Computed when it is first asked for: an image
-        that never leaves its process does not need one.
+        """64 hex characters over all fields but ``arrived_as``.
+
+        Computed on first use: an image that never leaves its process does not need it.
         """
         if not self._known:
             self._known.append(self._compute_digest())
         return self._known[0]
 
     def check(self) -> None:
-        """Compare the bytes with the digest that they arrived with; once, since they are read-only.
+        """Compare the bytes with the digest that they arrived with.
+
+        The digest is computed once, since the bytes are read-only.
 
         Raises:
             ImageCorrupted: they differ.
@@ -98,7 +100,7 @@ class AdapterImage:
             raise ImageCorrupted(str(self.revision), rule)
 
     def is_like(self, other: AdapterImage) -> bool:
-        """Whether committing either gives the same slot: packing is deterministic."""
+        """True if both images have the same bytes: packing is deterministic."""
         return self._identity() == other._identity()
 
     def _identity(self) -> tuple[Revision, str]:
@@ -151,10 +153,10 @@ def pack(
 ) -> AdapterImage:
     """Load an adapter, check it against a layout, and write its image. Host only.
 
-    Ranks are padded with zeros, weights are cast into the slot's dtype, and what the adapter leaves
-    alone stays zero; where zero would be wrong (saved modules, biases, DoRA magnitudes) the slot
-    puts the base model's values. The keyword arguments are those of
-    `hotswap_lib.source.load_adapter`.
+    Ranks are padded with zeros and weights are cast into the slot's dtype. Tensors that the adapter
+    does not have stay zero; where zero would be wrong (saved modules, biases, DoRA magnitudes) the
+    slot fills in the base model's values. The keyword arguments are those of
+    `hotswap_lib.load_adapter`.
 
     Raises:
         AdapterRefused: the subclass for the rule that the adapter breaks.
@@ -181,9 +183,10 @@ def pack(
 
 
 def null_image(layout: Layout) -> AdapterImage:
-    """All zeros: the base model as it is, under revision `BASE`.
+    """An image of zeros, with which the model computes what the base model computes.
 
-    Its configuration describes the slot itself: every target at the envelope's rank.
+    Its revision is `BASE`. Its configuration describes the slot itself: every target at the
+    envelope's rank.
     """
     envelope = layout.envelope
     targets = envelope.target_modules
@@ -209,10 +212,10 @@ def null_image(layout: Layout) -> AdapterImage:
 
 
 def as_tensor(block: Bytes) -> torch.Tensor:
-    """The block as a uint8 tensor over the same memory; nobody may write to it.
+    """The block as a uint8 tensor over the same memory; never write to it.
 
-    Torch warns about read-only arrays and has no read-only tensors. The array is therefore shown
-    to it through an interface that claims to be writable, and that keeps the block alive.
+    Torch has no read-only tensors and warns about read-only arrays. `_Writable` presents the array
+    as writable, and keeps the block alive.
     """
     return torch.from_numpy(np.asarray(_Writable(block)))
 
@@ -276,4 +279,4 @@ def _check_finite(adapter: Adapter, fitted: Fit, layout: Layout, blocks: Sequenc
             if not stored or not entry.view(torch.from_numpy(blocks[entry.block])).isfinite().all():
                 cast = f" once it is cast to {entry.dtype}" if stored else ""
                 raise NonFinite(adapter.name, entry.key, f"it holds NaN or infinity{cast}")
-        raise AssertionError("fit lets no scaling through that float32 cannot hold")
+        raise AssertionError("fit rejects every scaling that float32 cannot hold")

@@ -1,8 +1,8 @@
-"""Images as files: pack once, in CI, and ship what every slot of the layout can take as it is.
+"""Images as files: pack once, in CI, and load the file into every slot of the layout.
 
 The file is an ordinary safetensors file: one uint8 tensor for each block, and everything else as
-JSON in its metadata. Its data starts at a multiple of 64 bytes, which the safetensors library does
-not care for, so that a mapped block is as good to copy from as an allocated one.
+JSON in its metadata. Its data starts at a multiple of 64 bytes, so that mapped blocks are aligned
+like allocated ones; the safetensors library accepts this.
 """
 
 from __future__ import annotations
@@ -25,12 +25,29 @@ _FORMAT = "hotswap-image-1"
 
 
 def save_image(image: AdapterImage, path: str | Path) -> None:
-    """Write an image. The file appears whole or not at all, and is never changed in place.
+    """Write an image. The file is replaced as a whole and never changed in place.
 
     Raises:
         OSError: the file cannot be written.
     """
     path = Path(path)
+    header = _header(image)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(len(header).to_bytes(8, "little"))
+            stream.write(header)
+            for block in image.blocks:
+                stream.write(block.data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _header(image: AdapterImage) -> bytes:
     described = {
         "revision": [image.revision.name, image.revision.digest],
         "layout_fingerprint": image.layout_fingerprint,
@@ -49,30 +66,17 @@ def save_image(image: AdapterImage, path: str | Path) -> None:
             "data_offsets": [begin, end],
         }
     raw = json.dumps(header).encode()
-    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(len(raw).to_bytes(8, "little"))
-            stream.write(raw)
-            for block in image.blocks:
-                stream.write(block.data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    return raw + b" " * (-(8 + len(raw)) % ALIGNMENT)
 
 
 def load_image(path: str | Path) -> AdapterImage:
-    """Map an image file into memory. Its bytes are read when a slot stages it, which checks them.
+    """Map an image file into memory. A slot reads and checks its bytes when it stages the image.
 
-    The file has to stay as it is for as long as the image lives; `save_image` replaces files and
-    never writes into one.
+    The file must not change while the image exists; `save_image` replaces files and never writes
+    into one.
 
     Raises:
-        ImageUnreadable: there is no such file, or it is no image.
+        ImageUnreadable: there is no such file, or it is not an image.
     """
     where = str(path)
     try:
@@ -81,7 +85,7 @@ def load_image(path: str | Path) -> AdapterImage:
     except (OSError, ValueError) as error:
         raise ImageUnreadable(where, f"the file cannot be read: {error}") from error
     if metadata.get("format") != _FORMAT:
-        rule = f"the file says format {metadata.get('format')!r}, and not {_FORMAT!r}"
+        rule = f"the file has format {metadata.get('format')!r}, and not {_FORMAT!r}"
         raise ImageUnreadable(where, rule)
     try:
         described = json.loads(metadata["image"])

@@ -1,6 +1,6 @@
-"""Looking into adapters before there is a model: what they are, and which envelope covers them.
+"""Inspect adapters without a model: their ranks and features, and an envelope that covers them.
 
-Reads adapters and nothing else. Whether one fits a certain base model is for `pack` to say.
+`pack` checks whether an adapter fits a certain base model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .adapter_config import Settings, read_settings
+from .adapter_config import AdapterConfig
 from .envelope import Envelope
 from .errors import MissingTensor
 from .fit import fit
@@ -23,15 +23,15 @@ from .source import Adapter, load_adapter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """What one adapter is.
+    """A summary of one adapter.
 
     Attributes:
         revision: its name and digest.
-        base_model: what its configuration says it was trained on.
+        base_model: the base model that its configuration names.
         ranks: module → rank, for each LoRA layer.
-        scalings: module → what B·A is multiplied with.
+        scalings: module → the factor of B·A.
         dtypes: dtype → bytes stored in it.
-        features: what an envelope has to allow for it, beyond ranks and targets, in words.
+        features: the features that an envelope has to allow, beyond ranks and targets, in words.
         nbytes: of all its weights, as stored.
     """
 
@@ -46,13 +46,13 @@ class Inspection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaddingCost:
-    """Where the bytes of an adapter's image go. They add up to ``image_bytes``.
+    """The bytes of an adapter's image by use. They add up to ``image_bytes``.
 
     Attributes:
         image_bytes: of the image, and of the slot.
         own_bytes: the adapter's own values, in the slot's dtype and at its own rank.
         rank_bytes: zeros, because its ranks are below the envelope's.
-        absent_bytes: places for what it does not have: modules, biases, magnitudes.
+        absent_bytes: entries for tensors that it does not have: modules, biases, magnitudes.
         gap_bytes: between tensors, because each starts at a multiple of 64 bytes.
     """
 
@@ -64,13 +64,13 @@ class PaddingCost:
 
 
 def inspect_adapter(source: str | Path | Adapter) -> Inspection:
-    """Say what an adapter is.
+    """Summarise an adapter.
 
     Raises:
-        AdapterRefused: it cannot be read, or its configuration makes no sense.
+        AdapterRefused: it cannot be read, or its configuration is invalid.
     """
     adapter = load_adapter(source)
-    settings = read_settings(adapter)
+    config = adapter.parsed_config
     modules = _lora_modules(adapter)
     dtypes: Counter[str] = Counter()
     for tensor in adapter.tensors.values():
@@ -79,10 +79,10 @@ def inspect_adapter(source: str | Path | Adapter) -> Inspection:
     return Inspection(
         revision=adapter.revision,
         base_model=str(base_model) if base_model else None,
-        ranks={module: settings.rank(module) for module in modules},
-        scalings={module: settings.scaling(module) for module in modules},
+        ranks={module: config.rank(module) for module in modules},
+        scalings={module: config.scaling(module) for module in modules},
         dtypes=dict(dtypes),
-        features=_features(adapter, settings),
+        features=_features(adapter),
         nbytes=sum(dtypes.values()),
     )
 
@@ -90,41 +90,33 @@ def inspect_adapter(source: str | Path | Adapter) -> Inspection:
 def suggest_envelope(adapters: Iterable[str | Path | Adapter]) -> Envelope:
     """The smallest envelope that covers all of these adapters.
 
-    Targets are named as the adapters' own configurations name them where those are lists, which
-    match exactly the modules that PEFT put LoRA on; otherwise by each module's full name.
+    Targets are named as in the adapters' configurations if those are lists that match exactly the
+    modules with LoRA; otherwise by each module's full name.
 
     Raises:
         AdapterRefused: one of them cannot be read.
         InvalidEnvelope: no envelope holds all of them, or there are none.
     """
     loaded = [load_adapter(source) for source in adapters]
-    settings = [read_settings(adapter) for adapter in loaded]
-    biases = {one.bias for one in settings}
+    configs = [adapter.parsed_config for adapter in loaded]
+    ranks = [
+        adapter.parsed_config.rank(module)
+        for adapter in loaded
+        for module in _lora_modules(adapter)
+    ]
+    biases = {config.bias for config in configs}
     return Envelope(
-        max_rank=max(
-            (
-                one.rank(module)
-                for adapter, one in zip(loaded, settings, strict=True)
-                for module in _lora_modules(adapter)
-            ),
-            default=0,
-        ),
+        max_rank=max(ranks, default=0),
         target_modules={target for adapter in loaded for target in _targets(adapter)},
-        modules_to_save=sorted(
-            {
-                name
-                for adapter, one in zip(loaded, settings, strict=True)
-                for name in _saved(adapter, one)
-            }
-        ),
-        use_dora=any(one.use_dora for one in settings),
-        lora_bias=any(one.lora_bias for one in settings),
+        modules_to_save=sorted({name for adapter in loaded for name in _saved(adapter)}),
+        use_dora=any(config.use_dora for config in configs),
+        lora_bias=any(config.lora_bias for config in configs),
         bias=next(bias for bias in ("all", "lora_only", "none") if bias in biases | {"none"}),
     )
 
 
 def padding_cost(source: str | Path | Adapter, layout: Layout) -> PaddingCost:
-    """What a layout costs an adapter in bytes. What it costs in time: ``benchmarks.latency``.
+    """Count the bytes that a layout adds to an adapter. (``benchmarks.latency`` measures time.)
 
     Raises:
         AdapterRefused: it does not fit the layout.
@@ -151,15 +143,15 @@ def padding_cost(source: str | Path | Adapter, layout: Layout) -> PaddingCost:
 
 
 def sketch_layout(adapters: Sequence[Adapter], envelope: Envelope) -> Layout:
-    """The layout that an envelope would have in a model that has these adapters' modules and no
-    others: for what padding costs, before there is a model. A model's own layout may be larger.
+    """The layout of an envelope in a model that has only these adapters' modules.
+
+    For `padding_cost` without a model. A model's own layout may be larger.
     """
     places: dict[str, Place] = {}
     for adapter in adapters:
-        settings = read_settings(adapter)
         for key, tensor in adapter.tensors.items():
             if key not in places and not key.endswith("base_layer.weight"):
-                places[key] = _sketch(key, tensor, settings, envelope)
+                places[key] = _sketch(key, tensor, adapter.parsed_config, envelope)
     for module in {place.module for place in places.values() if place.padding is not None}:
         key = f"{PREFIX}{module}.{SCALING}"
         scaling = Place(
@@ -169,13 +161,13 @@ def sketch_layout(adapters: Sequence[Adapter], envelope: Envelope) -> Layout:
     return lay_out(places.values(), envelope, base_model=None)
 
 
-def _sketch(key: str, tensor: torch.Tensor, settings: Settings, envelope: Envelope) -> Place:
+def _sketch(key: str, tensor: torch.Tensor, config: AdapterConfig, envelope: Envelope) -> Place:
     stem, found, role = key.rpartition(".lora_")
     module = stem.removeprefix(PREFIX)
     shape, padding = list(tensor.shape), None
     if role in ("A.weight", "B.weight", "embedding_A", "embedding_B"):
         dim = 0 if "A" in role else 1
-        per_index = max(1, settings.rank(module) // shape[dim])
+        per_index = max(1, config.rank(module) // shape[dim])
         padding = Padding(dim=dim, max_rank=envelope.max_rank, per_index=per_index)
         shape[dim] = padding.size(envelope.max_rank)
     # biases and saved modules keep the base model's dtype, which is nearest to their own
@@ -188,7 +180,7 @@ def _sketch(key: str, tensor: torch.Tensor, settings: Settings, envelope: Envelo
         dtype=(envelope.dtype or "float32") if found else own,
         device="cpu",
         padding=padding,
-        rest="zeros" if padding is not None else "base",
+        default="zeros" if padding is not None else "base",
     )
 
 
@@ -215,29 +207,30 @@ def _targets(adapter: Adapter) -> Sequence[str]:
     return matched if named else modules
 
 
-def _saved(adapter: Adapter, settings: Settings) -> list[str]:
-    """Those of modules_to_save that are there: PEFT names "classifier" and "score" of every
-    classifier. A saved module may have modules inside it.
+def _saved(adapter: Adapter) -> list[str]:
+    """The modules_to_save that the adapter has weights for.
+
+    PEFT adds "classifier" and "score" for every classifier. A saved module may contain modules.
     """
     weights = [f"{key}." for key in adapter.tensors if ".lora_" not in key]
     return [
         name
-        for name in sorted(settings.modules_to_save)
+        for name in sorted(adapter.parsed_config.modules_to_save)
         if any(f"{name}." in weight for weight in weights)
     ]
 
 
-def _features(adapter: Adapter, settings: Settings) -> tuple[str, ...]:
-    words = []
-    if settings.use_rslora:
+def _features(adapter: Adapter) -> tuple[str, ...]:
+    config, words = adapter.parsed_config, []
+    if config.use_rslora:
         words.append("rsLoRA")
-    if settings.use_dora or any(key.endswith(MAGNITUDE) for key in adapter.tensors):
+    if config.use_dora or any(key.endswith(MAGNITUDE) for key in adapter.tensors):
         words.append("DoRA")
-    if settings.rank_pattern or settings.alpha_pattern:
+    if config.rank_pattern or config.alpha_pattern:
         words.append("rank and alpha patterns")
-    if settings.lora_bias:
+    if config.lora_bias:
         words.append("lora_bias")
-    if settings.bias != "none":
-        words.append(f"bias={settings.bias}")
-    words += [f"saves {name}" for name in _saved(adapter, settings)]
+    if config.bias != "none":
+        words.append(f"bias={config.bias}")
+    words += [f"saves {name}" for name in _saved(adapter)]
     return tuple(words)

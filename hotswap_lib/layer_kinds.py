@@ -1,7 +1,7 @@
-"""Which LoRA layer classes a slot can hold, and what their tensors are.
+"""The LoRA layer classes that a slot supports, and the tensors of each.
 
-A class that is not in `KINDS` is refused by name. Supporting another kind of layer means a row
-here, and in the support table of this package's README, which a test compares with this one.
+A class that is not in `KINDS` is rejected by name. A new kind of layer needs a row here and one in
+the support table of this package's README; a test compares the two.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from peft.tuners.lora import LoraLayer
 
+from . import peft_internals
 from .layout import Padding
 
 
@@ -21,7 +22,7 @@ class Role:
     Attributes:
         container: the layer's attribute that holds it for each adapter.
         attribute: the parameter's name there; None where the container holds it itself.
-        rank_dim: the dimension that is the rank; None where there is none.
+        rank_dim: the dimension that is the rank; None if no dimension is.
     """
 
     container: str
@@ -44,10 +45,10 @@ _EMBEDDING = (
 )
 LORA_BIAS = Role("lora_B", "bias", rank_dim=None)  # (out,)
 
-# By name, because importing the quantized ones imports their libraries.
+EMBEDDING = "layer.Embedding"
 KINDS: Mapping[str, tuple[Role, ...]] = {
     "layer.Linear": _MATRICES,  # over torch.nn.Linear and over transformers' Conv1D
-    "layer.Embedding": _EMBEDDING,
+    EMBEDDING: _EMBEDDING,
     "layer.Conv1d": _MATRICES,
     "layer.Conv2d": _MATRICES,
     "layer.Conv3d": _MATRICES,
@@ -62,27 +63,31 @@ KINDS: Mapping[str, tuple[Role, ...]] = {
     "hqq.HqqLoraLinear": _MATRICES,
     "inc.IncLoraLinear": _MATRICES,
 }
-_PACKAGE = "peft.tuners.lora."
 
 
-def kind(layer: LoraLayer) -> str:
-    """The layer's class as `KINDS` names it."""
-    return f"{type(layer).__module__}.{type(layer).__qualname__}".removeprefix(_PACKAGE)
+def is_supported(layer: LoraLayer) -> bool:
+    """True if the layer's class is in `KINDS`."""
+    return peft_internals.layer_kind(layer) in KINDS
+
+
+def is_embedding(layer: LoraLayer) -> bool:
+    """True for LoRA over an embedding."""
+    return peft_internals.layer_kind(layer) == EMBEDDING
 
 
 def roles(layer: LoraLayer, *, lora_bias: bool) -> tuple[Role, ...]:
-    """The tensors of a layer of a known kind."""
-    found = KINDS[kind(layer)]
+    """The tensors of a supported layer."""
+    found = KINDS[peft_internals.layer_kind(layer)]
     # embeddings have no lora_B module that could hold a bias
     return (*found, LORA_BIAS) if lora_bias and found is _MATRICES else found
 
 
 def padding(layer: LoraLayer, role: Role, max_rank: int) -> Padding | None:
-    """How ranks are padded in one tensor.
+    """The padding of one tensor; None where its shape does not depend on the rank.
 
     A grouped convolution gives each of its groups an equal share of the ranks
-    (peft.tuners.lora.layer._ConvNd: lora_B is grouped and lora_A is not), so each share has to be
-    padded where it is.
+    (peft.tuners.lora.layer._ConvNd: lora_B is grouped and lora_A is not), so each share is padded
+    on its own.
     """
     if role.rank_dim is None:
         return None

@@ -1,9 +1,9 @@
-"""The layout: where every swappable tensor lies. prepare makes it, pack writes to it, stage
-checks it.
+"""The layout: the position of every swappable tensor in a slot's memory.
 
-One block of bytes per device holds all of that device's slot tensors, scalings included. Within a
-block the entries are grouped by dtype, so a pass over one dtype is a pass over one range, and each
-entry starts at a multiple of `ALIGNMENT` bytes.
+`prepare` makes it, `pack` writes images for it, and `stage` compares its fingerprint. One block of
+bytes per device holds all slot tensors on that device, scalings included. Within a block the
+entries are grouped by dtype, so one dtype is one range, and each entry starts at a multiple of
+`ALIGNMENT` bytes.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from .envelope import Envelope
 from .memory import ALIGNMENT
 
 PREFIX = "base_model.model."
-"""What PEFT puts before the module's name in a checkpoint's keys."""
+"""PEFT's prefix of the module names in a checkpoint's keys."""
 
 SCALING = "scaling"
 BIAS = "bias"
 SAVED = "saved"
 MAGNITUDE = "lora_magnitude_vector"
 
-Rest = Literal["zeros", "base", "norm"]
-"""What a tensor holds while the live adapter says nothing about it: zeros, the base model's own
-values, or the weight norm with which a DoRA layer computes plain LoRA."""
+Default = Literal["zeros", "base", "norm"]
+"""The value of a tensor that the live adapter does not have: zeros, the base model's own values,
+or the weight norm with which a DoRA layer computes plain LoRA."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Padding:
-    """How a tensor of lower rank lies in one of the envelope's rank; the rest of it is zero.
+    """The position of a tensor of lower rank inside one of the envelope's rank. Zeros fill it up.
 
     Attributes:
         dim: the dimension that is the rank.
         max_rank: the rank that fills it.
-        groups: the dimension holds this many groups of ranks, each padded for itself: the groups
+        groups: the dimension holds this many groups of ranks, each padded on its own: the groups
             of a convolution, in lora_A.
         per_index: ranks that share one index: the groups of a convolution, in lora_B.
     """
@@ -55,7 +55,7 @@ class Padding:
         return rank // self.per_index
 
     def window(self, padded: torch.Tensor, rank: int) -> torch.Tensor:
-        """A view of the part that belongs to ``rank``; with groups, these are a dimension more."""
+        """A view of the part that belongs to ``rank``; groups become a dimension of their own."""
         size = self.size(rank) // self.groups
         if self.groups > 1:
             padded = _split(padded, self.dim, self.groups)
@@ -80,7 +80,7 @@ def _split(tensor: torch.Tensor, dim: int, groups: int) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A tensor that wants a place: an entry before its offset is known.
+    """A swappable tensor before its offset is known.
 
     Attributes:
         key: its key in a PEFT checkpoint; for a scaling, the module's key and ``.scaling``.
@@ -88,9 +88,9 @@ class Place:
         role: ``lora_A.weight``, ..., `SCALING`, `BIAS`, `MAGNITUDE`, or `SAVED`.
         shape: padded shape; ``()`` for a scaling.
         padding: how ranks are padded; None where the shape does not depend on the rank.
-        rest: what it holds while the live adapter says nothing about it.
+        default: its value while the live adapter does not have it.
         dtype: ``"float32"`` and so on.
-        device: where it lies in the model.
+        device: its device in the model.
     """
 
     key: str
@@ -100,15 +100,15 @@ class Place:
     dtype: str
     device: str
     padding: Padding | None = None
-    rest: Rest = "zeros"
+    default: Default = "zeros"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One swappable tensor: a `Place` and where that is.
+    """One swappable tensor: a `Place`, with its position.
 
     Attributes:
-        block: which block it lies in, counted from 0.
+        block: index of its block.
         offset: bytes from the start of that block.
         nbytes: size, without the gap to the next entry.
     """
@@ -119,19 +119,20 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str
     padding: Padding | None
-    rest: Rest
+    default: Default
     block: int
     offset: int
     nbytes: int
 
     @property
     def is_scaling(self) -> bool:
+        """True for a layer's factor of B·A."""
         return self.role == SCALING
 
     def view(self, block: torch.Tensor) -> torch.Tensor:
         """This entry's tensor inside its block (uint8, one dimension): a view, not a copy."""
         raw = block[self.offset : self.offset + self.nbytes]
-        # .data: to autograd and dynamo it is a tensor of its own, not a view of the arena
+        # .data: autograd and dynamo must not treat it as a view of the block
         return raw.view(getattr(torch, self.dtype)).view(self.shape).data
 
 
@@ -150,15 +151,15 @@ class Layout:
     Attributes:
         entries: all tensors in block order, scalings among them.
         blocks: one for each device.
-        envelope: what was asked for.
-        base_model: the base model's name or path where it has one; for people to read.
+        envelope: the bounds of the slot's adapters.
+        base_model: the base model's name or path where it has one; for display.
         base_weights: checkpoint key → dtype and digest of a weight of the base model that PEFT
-            writes into checkpoints beside LoRA on embeddings. It has no place in the slot: an
-            adapter may carry it if it is the base model's own.
-        fingerprint: 64 hex characters; equal ones take each other's images byte for byte. Device
-            names are left out, so that one image packed on the host serves replicas on cuda:0 and
-            on cuda:1; how the entries are split into blocks is in. The base model's name is left
-            out too, since the same model has other paths on other machines.
+            adds to checkpoints with LoRA on embeddings. It has no entry: an adapter may contain it
+            if it is equal to the base model's.
+        fingerprint: 64 hex characters; layouts with the same fingerprint accept each other's
+            images. It depends on how the entries are split into blocks. It does not depend on
+            device names, so that one image serves replicas on cuda:0 and on cuda:1, nor on the
+            base model's name, since the same model has other paths on other machines.
     """
 
     entries: tuple[Entry, ...]
@@ -180,7 +181,7 @@ class Layout:
 def _fingerprint(entries: Sequence[Entry], blocks: Sequence[Block]) -> str:
     table = [
         (
-            *(e.key, e.module, e.role, e.shape, e.dtype, _shown(e.padding), e.rest),
+            *(e.key, e.module, e.role, e.shape, e.dtype, _as_list(e.padding), e.default),
             *(e.block, e.offset, e.nbytes),
         )
         for e in entries
@@ -189,7 +190,7 @@ def _fingerprint(entries: Sequence[Entry], blocks: Sequence[Block]) -> str:
     return hashlib.sha256(json.dumps(["hotswap-layout-2", sizes, table]).encode()).hexdigest()
 
 
-def _shown(padding: Padding | None) -> list[int] | None:
+def _as_list(padding: Padding | None) -> list[int] | None:
     if padding is None:
         return None
     return [padding.dim, padding.max_rank, padding.groups, padding.per_index]
@@ -235,7 +236,7 @@ def _fill(places: Sequence[Place], block: int, offset: int) -> tuple[list[Entry]
                 shape=place.shape,
                 dtype=place.dtype,
                 padding=place.padding,
-                rest=place.rest,
+                default=place.default,
                 block=block,
                 offset=offset,
                 nbytes=nbytes,

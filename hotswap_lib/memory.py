@@ -1,7 +1,7 @@
 """Host memory for whole adapters: zeroed and aligned.
 
-numpy asks the kernel for huge pages where an array is large, which torch does not: the first touch
-of a 42 MB buffer is 20 page faults then, and not 10,000, which cost more than writing the bytes.
+numpy asks the kernel for huge pages for large arrays, torch does not. The first touch of a 42 MB
+buffer then costs 20 page faults instead of 10,000, which take longer than writing the bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A revision: one immutable adapter content, by name and digest. Needs no torch.
+"""A revision: one immutable adapter, by name and digest. Needs no torch.
 
 `hotswap_lib.digest` computes the digest from weights and configuration.
 """
@@ -13,16 +13,16 @@ from .errors import AdapterNameInvalid
 
 _NAME = re.compile(r"[^\s@:\x00-\x1f\x7f]+")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_SHORT = 8  # hex characters of the digest that people see
+_SHORT = 8  # hex characters of the digest in str()
 
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """One immutable adapter content, shown as ``support-bot@3f2a9c1d``.
+    """One immutable adapter, shown as ``support-bot@3f2a9c1d``.
 
     Args:
         name: the name people use; not empty, no whitespace, control character, '@' or ':'.
-        digest: 64 lower-case hex characters, the BLAKE3 of the content.
+        digest: 64 lower-case hex characters, from `hotswap_lib.digest`.
 
     Raises:
         AdapterNameInvalid: the name breaks the rule above.
@@ -50,12 +50,16 @@ class Revision:
 
     @classmethod
     def parse(cls, key: str) -> Self:
-        """The revision with this `key`. Raises as the constructor does."""
+        """The revision with this `key`.
+
+        Raises:
+            AdapterNameInvalid, ValueError: as the constructor.
+        """
         name, _, digest = key.rpartition("@")
         return cls(name, digest)
 
     def matches(self, pin: str) -> bool:
-        """Whether `pin` is this revision's name, ``name@digest8``, or full key."""
+        """True if `pin` is this revision's name, ``name@digest8``, or full key."""
         return pin in (self.name, str(self), self.key)
 
 

@@ -1,7 +1,7 @@
 """Reads the safetensors format from one buffer, without a copy: each tensor is a view of it.
 
 ``safetensors.torch.load`` copies every tensor once more, and its memory-mapped reader depends on a
-file that somebody else may overwrite. The format: 8 bytes little-endian header length, a JSON
+file that may be overwritten meanwhile. The format: 8 bytes little-endian header length, a JSON
 header of ``{name: {dtype, shape, data_offsets}}``, then the data (safetensors' README).
 """
 
@@ -40,9 +40,9 @@ def parse(content: bytes | Bytes) -> dict[str, torch.Tensor]:
         content: the file; an array is kept and read in place, bytes are copied once.
 
     Raises:
-        ValueError: with what is wrong, as the end of a sentence that begins with the file's name.
+        ValueError: its text continues a sentence that begins with the file's name.
     """
-    # torch wants memory that it may write to
+    # torch requires writable memory
     buffer = np.frombuffer(bytearray(content), np.uint8) if isinstance(content, bytes) else content
     header, _, start = read_header(buffer)
     specs = {}
@@ -62,7 +62,10 @@ _Spec = tuple[int, int, torch.dtype, list[int]]
 
 
 def read_header(buffer: Bytes) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Name → dtype, shape and offsets; the file's metadata; and where its data starts.
+    """Parse the header of a safetensors file.
+
+    Returns:
+        name → dtype, shape and offsets; the file's metadata; the offset of its data in bytes.
 
     Raises:
         ValueError: as `parse`.
@@ -105,7 +108,7 @@ def _tensors(data: torch.Tensor, specs: dict[str, _Spec]) -> dict[str, torch.Ten
     typed: dict[torch.dtype, torch.Tensor] = {}
     tensors = {}
     for name, (begin, end, dtype, shape) in specs.items():
-        if (data.storage_offset() + begin) % dtype.itemsize:  # legal, though nobody writes such
+        if (data.storage_offset() + begin) % dtype.itemsize:  # legal, and rare
             tensors[name] = data[begin:end].clone().view(dtype).view(shape)
             continue
         if dtype not in typed:

@@ -1,26 +1,46 @@
-"""What `prepare` leaves on a model: the way back to its slots, and a truthful ``state_dict``.
+"""Finds the slots of a model, and keeps the model's ``state_dict`` true to the live adapters.
 
-Nothing else stores or looks up the slots of a model. They hang on the model itself, so they live
-as long as it does; a copy or a pickle of the model comes without them, since its tensors are no
-longer views of any arena.
+Slots are stored on the model itself, so they live as long as it does. A copy or a pickle of the
+model has none, since its tensors are not views of any slot's memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
+from peft import PeftModel
 
-from . import injection as layers
-
-if TYPE_CHECKING:
-    from .slot import Slot
+from . import layers, peft_internals, torch_internals
+from .layout import Layout
 
 _ATTRIBUTE = "_hotswap_slots"
 
 
-class _Slots(dict[str, "Slot"]):
+class LiveImage(Protocol):
+    """The fields of an image that a ``state_dict`` depends on; see `hotswap_lib.AdapterImage`."""
+
+    @property
+    def ranks(self) -> Mapping[str, int]: ...
+    @property
+    def written(self) -> Sequence[int]: ...
+
+
+class RegisteredSlot(Protocol):
+    """The part of `hotswap_lib.Slot` that this module uses."""
+
+    model: PeftModel
+    adapter_name: str
+    layout: Layout
+
+    @property
+    def live(self) -> LiveImage: ...
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]: ...
+
+
+class _Slots(dict[str, RegisteredSlot]):
     def __deepcopy__(self, memo: dict[int, Any]) -> _Slots:
         return _Slots()
 
@@ -28,35 +48,30 @@ class _Slots(dict[str, "Slot"]):
         return _Slots, ()
 
 
-def find_slot(model: torch.nn.Module, adapter_name: str) -> Slot | None:
-    """The model's slot, looked up through ``torch.compile``'s wrapper; None without one."""
-    return _slots(_home(model)).get(adapter_name)
+def slots(model: torch.nn.Module) -> Mapping[str, RegisteredSlot]:
+    """Adapter name → slot. The model may be a PeftModel, its base model, or compiled."""
+    return _slots(_owner(model))
 
 
-def slots(model: torch.nn.Module) -> Sequence[Slot]:
-    """All slots of a model."""
-    return tuple(_slots(_home(model)).values())
+def _owner(model: torch.nn.Module) -> torch.nn.Module:
+    # the base model, which is reached from the PeftModel as well
+    return layers.base_of(torch_internals.unwrap(model))
 
 
-def _home(model: torch.nn.Module) -> torch.nn.Module:
-    # the model inside the PeftModel, so that it leads to its slots as well
-    return layers.base_of(getattr(model, "_orig_mod", model))
-
-
-def attach(slot: Slot) -> None:
-    """Make a slot findable from its model."""
+def register(slot: RegisteredSlot) -> None:
+    """Store a slot on its model."""
     model = slot.model
-    if not _slots(_home(model)):
+    if not _slots(_owner(model)):
         hook: Any = model.register_state_dict_post_hook
-        hook(_show_in_state_dict)
-    _of(_home(model))[slot.adapter_name] = slot
+        hook(_show_live_in_state_dict)
+    _slots_to_fill(_owner(model))[slot.adapter_name] = slot
     for wrapper in layers.saved_modules(model, slot.adapter_name).values():
-        saved = wrapper.modules_to_save[slot.adapter_name]
+        saved: Any = peft_internals.copy_of(wrapper, slot.adapter_name)
         saved.register_state_dict_post_hook(_leave_out_unsaved)
-        _of(saved)[slot.adapter_name] = slot
+        _slots_to_fill(saved)[slot.adapter_name] = slot
 
 
-def _of(module: torch.nn.Module) -> _Slots:
+def _slots_to_fill(module: torch.nn.Module) -> _Slots:
     held: _Slots = vars(module).setdefault(_ATTRIBUTE, _Slots())
     return held
 
@@ -66,22 +81,23 @@ def _slots(module: torch.nn.Module) -> _Slots:
     return found if isinstance(found, _Slots) else _Slots()
 
 
-def _show_in_state_dict(
+def _show_live_in_state_dict(
     model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, _metadata: Any
 ) -> None:
-    show_as_live(model, state, prefix)
+    show_live(model, state, prefix)
 
 
-def show_as_live(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str = "") -> None:
-    """Change a model's state so that it shows the live adapters as they are: own rank, own
-    modules. What PEFT's save_pretrained writes is made from this.
+def show_live(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str = "") -> None:
+    """Edit a model's state so that it shows the live adapters at their own ranks, without padding
+    and without modules that they do not have. PEFT's save_pretrained writes this state.
     """
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-    for slot in slots(model):
+    for slot in slots(model).values():
         ranks, written = slot.live.ranks, set(slot.live.written)
         for index, entry in enumerate(slot.layout.entries):
             key = f"{prefix}{names.get(id(slot.tensors[entry.key]))}"
-            if key not in state or entry.rest == "base":  # always there, with somebody's values
+            # a base value stays: another adapter, or the base model itself, uses it
+            if key not in state or entry.default == "base":
                 continue
             if index not in written:
                 del state[key]
@@ -92,7 +108,7 @@ def show_as_live(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix:
 def _leave_out_unsaved(
     saved: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, _metadata: Any
 ) -> None:
-    """A saved module that the live adapter does not have is not written by save_pretrained."""
+    """Removes a saved module that the live adapter does not have from the state."""
     for slot in _slots(saved).values():
         written = {id(slot.tensors[slot.layout.entries[i].key]) for i in slot.live.written}
         tensors = (*saved.parameters(), *saved.buffers())

@@ -1,4 +1,4 @@
-"""Sites: where a model keeps each of its swappable tensors, and how to put another one there."""
+"""The swappable tensors of a model: where the model stores each one, and how to replace it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
+from . import peft_internals, torch_internals
 from .digest import tensor_digest
 from .envelope import Envelope
-from .injection import base_of, lora_layers, refuse_offloaded, saved_modules
-from .layer_kinds import kind, padding, roles
+from .injection import refuse_offloaded
+from .layer_kinds import is_embedding, padding, roles
+from .layers import base_of, lora_layers, saved_modules
 from .layout import BIAS, MAGNITUDE, PREFIX, SAVED, SCALING, Place
 
 
 class Scalings(dict[str, Any]):
-    """A LoRA layer's scalings, of which a slot's are written into the slot and never rebound.
+    """A LoRA layer's scalings; assignments write into the slot's tensors and never rebind them.
 
-    PEFT's set_scale and unscale_layer, and diffusers' scale for one call, assign to the dict. That
-    would leave the model with a scaling that no commit reaches.
+    PEFT's set_scale and unscale_layer, and diffusers' scale for one call, assign to the dict. In
+    a plain dict that would leave the model with a scaling that no commit changes.
     """
 
     def copy(self) -> Scalings:
@@ -30,12 +32,12 @@ class Scalings(dict[str, Any]):
         return Scalings(self)
 
     def pin(self, name: str, tensor: torch.Tensor) -> None:
-        """Let assignments to this name write to this tensor from now on."""
+        """Make later assignments to this name write to this tensor."""
         super().__setitem__(name, tensor)
 
     def __setitem__(self, name: str, value: Any) -> None:
         held = self.get(name)
-        # copies of the model come without slots: what they hold is a tensor as any other
+        # a copy of the model has no slot: its scalings are ordinary tensors
         if isinstance(held, torch.Tensor) and value is not held:
             held.copy_(torch.as_tensor(value))
         else:
@@ -43,27 +45,28 @@ class Scalings(dict[str, Any]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """One swappable tensor where the model keeps it.
+class SlotTensor:
+    """One swappable tensor in a model.
 
     Attributes:
-        place: what the layout has to know about it.
+        place: its description for the layout.
         holder: the module, ParameterDict or dict that holds it.
         name: its name there.
-        resting: the base model's own values, for a place whose rest is "base".
+        base_value: the base model's own value, for a place whose default is "base".
     """
 
     place: Place
     holder: Any
     name: str
-    resting: torch.Tensor | None = None
+    base_value: torch.Tensor | None = None
 
-    def put(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Bind a tensor there; returns what the model now holds."""
+    def bind(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Put a tensor in its place; returns the object that the model now holds."""
         if isinstance(self.holder, Scalings):
             self.holder.pin(self.name, tensor)
             return tensor
-        if isinstance(self.holder, torch.nn.Module) and self.name not in self.holder._buffers:
+        is_module = isinstance(self.holder, torch.nn.Module)
+        if is_module and self.name not in torch_internals.buffers(self.holder):
             tensor = torch.nn.Parameter(tensor, requires_grad=False)
         if isinstance(self.holder, torch.nn.ParameterDict):
             self.holder[self.name] = tensor
@@ -72,52 +75,54 @@ class Site:
         return tensor
 
 
-def sites(
+def slot_tensors(
     model: PeftModel, envelope: Envelope, adapter_name: str, dtype: str | None = None
-) -> Iterator[Site]:
+) -> Iterator[SlotTensor]:
     """Every swappable tensor: of the LoRA layers, biases, saved modules, and the scalings.
 
-    ``dtype`` is the dtype of the adapter that the model came with, if it came with one.
+    ``dtype`` is the dtype of the adapter that the model came with, None without one.
     """
     layers = lora_layers(model, adapter_name)
     for name, layer in layers.items():
-        yield from _lora_sites(name, layer, envelope, adapter_name, dtype)
+        yield from _lora_tensors(name, layer, envelope, adapter_name, dtype)
     if envelope.bias != "none":
-        yield from _bias_sites(model, layers, envelope)
+        yield from _biases(model, layers, envelope)
     for name, wrapper in saved_modules(model, adapter_name).items():
-        yield from _saved_sites(name, wrapper, adapter_name)
+        yield from _saved_tensors(name, wrapper, adapter_name)
     for name, layer in layers.items():
-        yield Site(
+        # a number in PEFT; float32 is exact enough for anything narrower than float64
+        is_double = _lora_dtype(layer, envelope, dtype) == "float64"
+        yield SlotTensor(
             place=Place(
                 key=f"{PREFIX}{name}.{SCALING}",
                 module=name,
                 role=SCALING,
                 shape=(),
-                # a number to PEFT; float32 is exact enough beside anything narrower
-                dtype="float64" if _lora_dtype(layer, envelope, dtype) == "float64" else "float32",
+                dtype="float64" if is_double else "float32",
                 device=_device(layer),
             ),
-            holder=layer.scaling,
+            holder=peft_internals.scalings(layer),
             name=adapter_name,
         )
 
 
 def pin_scalings(model: PeftModel, adapter_name: str) -> None:
-    """Give the adapter's layers scalings that a slot can hold on to."""
+    """Replace the scalings of the adapter's layers by `Scalings`."""
     for layer in lora_layers(model, adapter_name).values():
-        if not isinstance(layer.scaling, Scalings):
-            layer.scaling = Scalings(layer.scaling)
+        held = peft_internals.scalings(layer)
+        if not isinstance(held, Scalings):
+            peft_internals.replace_scalings(layer, Scalings(held))
 
 
-def _lora_sites(
+def _lora_tensors(
     module: str, layer: LoraLayer, envelope: Envelope, adapter_name: str, dtype: str | None
-) -> Iterator[Site]:
+) -> Iterator[SlotTensor]:
     dtype = _lora_dtype(layer, envelope, dtype)
     for role in roles(layer, lora_bias=envelope.lora_bias):
         holder, name = getattr(layer, role.container), adapter_name
         if role.attribute is not None:
             holder, name = holder[adapter_name], role.attribute
-        site = Site(
+        yield SlotTensor(
             place=Place(
                 key=f"{PREFIX}{module}.{role.suffix}",
                 module=module,
@@ -130,75 +135,76 @@ def _lora_sites(
             holder=holder,
             name=name,
         )
-        yield site
-    if adapter_name in layer.lora_magnitude_vector:
-        holder = layer.lora_magnitude_vector[adapter_name]
-        yield Site(
+    magnitude = peft_internals.magnitude_module(layer, adapter_name)
+    if magnitude is not None:
+        yield SlotTensor(
             place=Place(
                 key=f"{PREFIX}{module}.{MAGNITUDE}",
                 module=module,
                 role=MAGNITUDE,
-                shape=_shape(holder, "weight"),
+                shape=_shape(magnitude, "weight"),
                 dtype=dtype,
                 device=_device(layer),
-                rest="norm",
+                default="norm",
             ),
-            holder=holder,
+            holder=magnitude,
             name="weight",
         )
 
 
-def _lora_dtype(layer: LoraLayer, envelope: Envelope, dtype: str | None) -> str:
-    return envelope.dtype or dtype or _default_dtype(layer)
-
-
-def _bias_sites(
+def _biases(
     model: PeftModel, layers: dict[str, LoraLayer], envelope: Envelope
-) -> Iterator[Site]:
+) -> Iterator[SlotTensor]:
     if envelope.bias == "lora_only":
         owners = {f"{name}.base_layer": layer.get_base_layer() for name, layer in layers.items()}
     else:
-        inside = {id(m) for layer in layers.values() for m in _adapter_modules(layer)}
+        inside = {id(m) for layer in layers.values() for m in peft_internals.adapter_modules(layer)}
         owners = {n: m for n, m in base_of(model).named_modules() if id(m) not in inside}
     for name, owner in owners.items():
-        bias = owner._parameters.get("bias")
+        bias = torch_internals.parameters(owner).get("bias")
         if bias is not None:
             module = name.removesuffix(".base_layer")
             refuse_offloaded(module, owner, "bias")
-            yield _base_site(f"{PREFIX}{name}.bias", module, BIAS, owner, "bias", bias)
+            yield _base_tensor(f"{PREFIX}{name}.bias", module, BIAS, (owner, "bias"), bias)
 
 
-def _adapter_modules(layer: LoraLayer) -> Iterator[torch.nn.Module]:
-    for attribute in layer.adapter_layer_names:
-        container = getattr(layer, attribute, None)
-        if isinstance(container, torch.nn.Module):
-            yield from container.modules()
-
-
-def _saved_sites(name: str, wrapper: ModulesToSaveWrapper, adapter_name: str) -> Iterator[Site]:
-    for path, owner in wrapper.modules_to_save[adapter_name].named_modules():
-        original = wrapper.original_module.get_submodule(path)
-        for attribute in (*owner._parameters, *owner._buffers):
-            if owner._parameters.get(attribute, owner._buffers.get(attribute)) is None:
-                continue
-            if attribute not in owner._non_persistent_buffers_set:
+def _saved_tensors(
+    name: str, wrapper: ModulesToSaveWrapper, adapter_name: str
+) -> Iterator[SlotTensor]:
+    original = peft_internals.original_of(wrapper)
+    for path, owner in peft_internals.copy_of(wrapper, adapter_name).named_modules():
+        buffers = torch_internals.buffers(owner)
+        saved_buffers = {
+            n: b for n, b in buffers.items() if torch_internals.is_saved_buffer(owner, n)
+        }
+        for attribute, held in {**torch_internals.parameters(owner), **saved_buffers}.items():
+            if held is not None:
                 key = ".".join(filter(None, (f"{PREFIX}{name}", path, attribute)))
-                yield _base_site(key, name, SAVED, owner, attribute, getattr(original, attribute))
+                base_value = getattr(original.get_submodule(path), attribute)
+                yield _base_tensor(key, name, SAVED, (owner, attribute), base_value)
 
 
-def _base_site(
-    key: str, module: str, role: str, holder: torch.nn.Module, name: str, resting: torch.Tensor
-) -> Site:
+def _base_tensor(
+    key: str, module: str, role: str, where: tuple[torch.nn.Module, str], base_value: torch.Tensor
+) -> SlotTensor:
     place = Place(
         key=key,
         module=module,
         role=role,
-        shape=tuple(resting.shape),
-        dtype=str(resting.dtype).removeprefix("torch."),
-        device=str(resting.device),
-        rest="base",
+        shape=tuple(base_value.shape),
+        dtype=str(base_value.dtype).removeprefix("torch."),
+        device=str(base_value.device),
+        default="base",
     )
-    return Site(place=place, holder=holder, name=name, resting=resting.detach())
+    holder, name = where
+    return SlotTensor(place=place, holder=holder, name=name, base_value=base_value.detach())
+
+
+def _lora_dtype(layer: LoraLayer, envelope: Envelope, dtype: str | None) -> str:
+    if chosen := envelope.dtype or dtype:
+        return chosen
+    # PEFT's autocast_adapter_dtype: 16 bit base models get float32 LoRA weights
+    return "float64" if _any_tensor(layer).dtype is torch.float64 else "float32"
 
 
 def _shape(holder: Any, name: str) -> tuple[int, ...]:
@@ -208,11 +214,6 @@ def _shape(holder: Any, name: str) -> tuple[int, ...]:
 
 def _device(layer: LoraLayer) -> str:
     return str(_any_tensor(layer).device)
-
-
-def _default_dtype(layer: LoraLayer) -> str:
-    # PEFT's autocast_adapter_dtype: 16 bit base models get float32 LoRA weights
-    return "float64" if _any_tensor(layer).dtype is torch.float64 else "float32"
 
 
 def _any_tensor(layer: LoraLayer) -> torch.Tensor:
@@ -226,7 +227,7 @@ def _any_tensor(layer: LoraLayer) -> torch.Tensor:
 
 
 def parameter_dtype(model: torch.nn.Module, adapter_name: str) -> str | None:
-    """The dtype of the adapter's weights, None where the model has no such adapter."""
+    """The dtype of the adapter's weights; None if the model has no such adapter."""
     for layer in lora_layers(model, adapter_name).values():
         for container in (layer.lora_A, layer.lora_embedding_A):
             if adapter_name in container:
@@ -237,15 +238,17 @@ def parameter_dtype(model: torch.nn.Module, adapter_name: str) -> str | None:
 
 
 def base_weights(model: PeftModel, adapter_name: str) -> dict[str, tuple[str, str]]:
-    """Checkpoint key → dtype and digest of the base weights that PEFT saves beside LoRA on a
-    model's input and output embeddings (peft.utils.save_and_load.get_peft_model_state_dict,
-    save_embedding_layers).
+    """Checkpoint key → dtype and digest of base weights that PEFT saves with an adapter.
+
+    PEFT does so for LoRA on a model's input and output embeddings
+    (peft.utils.save_and_load.get_peft_model_state_dict, save_embedding_layers). The digest is
+    empty on the meta device.
     """
     base = base_of(model)
     ends = [getattr(base, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     found = {}
     for name, layer in lora_layers(model, adapter_name).items():
-        if kind(layer) == "layer.Embedding" or any(layer is end for end in ends):
+        if is_embedding(layer) or any(layer is end for end in ends):
             weight = layer.get_base_layer().weight
             digest = "" if weight.is_meta else tensor_digest(weight)
             dtype = str(weight.dtype).removeprefix("torch.")

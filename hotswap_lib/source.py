@@ -1,31 +1,29 @@
-"""Sources: where adapters come from. The first stage: source → pack → stage → commit.
+"""Sources: read adapters from directories, URIs, the Hub and live models. The first stage.
 
-A directory, an fsspec URI, a Hub repository, a PEFT model or tensors in memory all become an
-`Adapter`: a snapshot of configuration and weights whose revision is computed once. Nothing here
-knows a base model; whether an adapter fits one is for `hotswap_lib.image` to say.
+source → pack → stage → commit. Every source becomes an `Adapter`: a snapshot of configuration and
+weights whose revision is computed once. Nothing here depends on a base model; `hotswap_lib.fit`
+checks an adapter against one.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 
-from . import hub, safetensors_bytes
+from . import adapter_files, safetensors_bytes, slot_registry, torch_internals
+from .adapter_config import AdapterConfig
+from .adapter_files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, Reader
 from .digest import revision_of
 from .errors import AdapterConfigInvalid, AdapterFormatRefused, AdapterNotFound
 from .layout import PREFIX
-from .memory import Bytes, allocate
 from .revision import Revision
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
 
 _UNNAMEABLE = re.compile(r"[\s@:\x00-\x1f\x7f]+")
 
@@ -35,28 +33,34 @@ class Adapter:
     """One adapter's whole content, on the host.
 
     Args:
-        name: what its revision is called.
+        name: the name of its revision.
         config: the content of ``adapter_config.json``, or ``LoraConfig.to_dict()``.
         tensors: weights under PEFT's checkpoint keys, without an adapter name in them. Keys that
             were saved from a compiled model lose their ``_orig_mod.``.
 
-    The revision is computed here, over the bytes as they are now: hand over tensors that nobody
-    writes to afterwards (`from_peft_model` makes copies).
+    Attributes:
+        revision: computed here, over the bytes as they are now. Pass tensors that are not written
+            to afterwards (`from_peft_model` makes copies).
+        parsed_config: the fields of ``config`` that matter to a slot, checked.
 
     Raises:
         AdapterNameInvalid: the name cannot be a revision's name.
+        AdapterConfigInvalid: it is not LoRA, or a field has an invalid type or value.
     """
 
     name: str
     config: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
     revision: Revision = field(init=False)
+    parsed_config: AdapterConfig = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        config = _as_json(self.config)
         tensors = {_canonical(key): value for key, value in self.tensors.items()}
-        object.__setattr__(self, "config", _plain(self.config))
+        object.__setattr__(self, "config", config)
         object.__setattr__(self, "tensors", tensors)
-        object.__setattr__(self, "revision", revision_of(self.name, self.config, tensors))
+        object.__setattr__(self, "revision", revision_of(self.name, config, tensors))
+        object.__setattr__(self, "parsed_config", AdapterConfig.parse(self.name, config))
 
     @classmethod
     def from_peft_model(
@@ -66,25 +70,22 @@ class Adapter:
 
         Raises:
             AdapterNotFound: the model has no adapter of that name.
+            AdapterConfigInvalid: the adapter is not LoRA.
         """
-        from peft import get_peft_model_state_dict
-
-        from .slot_registry import show_as_live
-
-        model = getattr(model, "_orig_mod", model)
+        model = torch_internals.unwrap(model)
         peft_config = getattr(model, "peft_config", {})
         if adapter_name not in peft_config:
             rule = f"the model has {sorted(peft_config) or 'no adapters'}"
             raise AdapterNotFound(adapter_name, None, rule)
         # not model.state_dict(), in which bitsandbytes repacks the weights of a live model
-        held = dict(model.named_parameters(remove_duplicate=False))
+        held: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
         held.update(model.named_buffers(remove_duplicate=False))
-        show_as_live(model, held)
+        slot_registry.show_live(model, held)
         state = get_peft_model_state_dict(
             model, state_dict=held, adapter_name=adapter_name, save_embedding_layers=False
         )
         tensors = {
-            # a model that is no PeftModel (diffusers') has keys without PEFT's prefix
+            # a model that is not a PeftModel (diffusers') has keys without PEFT's prefix
             key if key.startswith(PREFIX) else PREFIX + key: value.detach().to("cpu", copy=True)
             for key, value in state.items()
         }
@@ -103,17 +104,17 @@ def load_adapter(
 ) -> Adapter:
     """Read an adapter; configuration and weights once each.
 
+    The weights are read into memory and not mapped, so that overwriting the file later neither
+    changes the adapter nor kills the process with SIGBUS.
+
     Args:
         source: a directory, a URI that fsspec opens (``s3://…``, ``file://…``), a Hub id, or an
-            `Adapter`, which comes back as it is (under ``name`` if that is given).
-        name: the revision's name; the last part of the source where it is left out.
+            `Adapter`, which is returned as it is (under ``name`` if that is given).
+        name: the revision's name; by default the last part of the source.
         revision: for a Hub id: branch, tag or commit. It is resolved to one commit first.
         token: for a Hub id: as in huggingface_hub.
         cache_dir: for a Hub id: as in huggingface_hub.
         subfolder: the folder inside the source that holds the adapter.
-
-    The weights are read into memory rather than mapped: a file that is overwritten in place later
-    can neither change an adapter under its digest nor kill the process with SIGBUS.
 
     Raises:
         AdapterNotFound, AdapterConfigInvalid, AdapterFormatRefused, AdapterNameInvalid
@@ -122,21 +123,17 @@ def load_adapter(
         if name is None or name == source.name:
             return source
         return Adapter(name=name, config=source.config, tensors=source.tensors)
-    where = str(source)
+    where, folder = str(source), subfolder or ""
     label = name or _default_name(where, subfolder)
     if "://" in where:
-        read = _uri_reader(label, where, subfolder)
+        read = adapter_files.in_uri(label, where, subfolder)
     elif isinstance(source, Path) or _is_folder(where):
-        read = _directory_reader(label, Path(where) / (subfolder or ""))
+        read = adapter_files.in_directory(label, Path(where) / folder)
     else:
-        read = hub.reader(
-            label, where, revision=revision, token=token, cache_dir=cache_dir, subfolder=subfolder
+        read = adapter_files.on_hub(
+            label, where, subfolder, revision=revision, token=token, cache_dir=cache_dir
         )
     return _read_adapter(label, read)
-
-
-Reader = Callable[[str], bytes | Bytes | None]
-"""File name → its bytes, or None where there is no such file."""
 
 
 def _is_folder(where: str) -> bool:
@@ -147,24 +144,22 @@ def _is_folder(where: str) -> bool:
 
 
 def _read_adapter(label: str, read: Reader) -> Adapter:
-    raw_config = read(CONFIG_FILE)
-    weights = read(WEIGHTS_FILE)
-    if raw_config is None and weights is None and read(PICKLE_FILE) is None:
+    raw_config, weights = read(CONFIG_FILE), read(WEIGHTS_FILE)
+    has_pickle = weights is None and read(PICKLE_FILE) is not None
+    if raw_config is None and weights is None and not has_pickle:
         raise AdapterNotFound(label, None, f"there is no {CONFIG_FILE} and no {WEIGHTS_FILE} there")
     if raw_config is None:
-        raise AdapterConfigInvalid(label, None, f"there is no {CONFIG_FILE} beside the weights")
+        raise AdapterConfigInvalid(label, None, f"there is no {CONFIG_FILE} with the weights")
     try:
         config = json.loads(bytes(raw_config))
     except ValueError as error:
-        raise AdapterConfigInvalid(
-            label, None, f"{CONFIG_FILE} is not valid JSON: {error}"
-        ) from error
+        rule = f"{CONFIG_FILE} is not valid JSON: {error}"
+        raise AdapterConfigInvalid(label, None, rule) from error
     if not isinstance(config, dict):
         raise AdapterConfigInvalid(label, None, f"{CONFIG_FILE} is not a JSON object")
-    if weights is None and read(PICKLE_FILE) is not None:
-        raise AdapterFormatRefused(
-            label, None, f"{PICKLE_FILE} is a pickle, and only safetensors weights are read"
-        )
+    if has_pickle:
+        rule = f"{PICKLE_FILE} is a pickle, and only safetensors weights are read"
+        raise AdapterFormatRefused(label, None, rule)
     if weights is None:
         raise AdapterNotFound(label, None, f"there is no {WEIGHTS_FILE} there")
     try:
@@ -172,57 +167,6 @@ def _read_adapter(label: str, read: Reader) -> Adapter:
     except ValueError as error:
         raise AdapterFormatRefused(label, None, f"{WEIGHTS_FILE} {error}") from error
     return Adapter(name=label, config=config, tensors=tensors)
-
-
-def _directory_reader(label: str, folder: Path) -> Reader:
-    if not folder.is_dir():
-        raise AdapterNotFound(label, None, f"there is no directory {str(folder)!r}")
-
-    def read(file: str) -> bytes | Bytes | None:
-        path = folder / file
-        if not path.is_file():
-            return None
-        if file == PICKLE_FILE:
-            return b""  # that it is there is all that anyone may know of it
-        try:
-            content = allocate(path.stat().st_size)
-            with path.open("rb", buffering=0) as stream:
-                size = _read_fully(stream.readinto, content.data)
-        except OSError as error:
-            raise AdapterNotFound(label, None, f"{str(path)!r} cannot be read: {error}") from error
-        return content[:size]
-
-    return read
-
-
-def _read_fully(readinto: Callable[[memoryview], int | None], target: memoryview) -> int:
-    size = 0
-    while size < len(target) and (read := readinto(target[size:])):
-        size += read
-    return size
-
-
-def _uri_reader(label: str, uri: str, subfolder: str | None) -> Reader:
-    import fsspec
-
-    try:
-        filesystem, root = fsspec.core.url_to_fs(uri)
-    except (ValueError, ImportError, OSError) as error:
-        raise AdapterNotFound(label, None, f"{uri!r} cannot be opened: {error}") from error
-    folder = "/".join(part.rstrip("/") for part in (root, subfolder) if part)
-
-    def read(file: str) -> bytes | None:
-        path = f"{folder}/{file}"
-        try:
-            if file == PICKLE_FILE:
-                return b"" if filesystem.exists(path) else None
-            return bytes(filesystem.cat_file(path))
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # every storage backend has error classes of its own
-            raise AdapterNotFound(label, None, f"{uri!r} cannot be read: {error}") from error
-
-    return read
 
 
 def _default_name(where: str, subfolder: str | None) -> str:
@@ -237,12 +181,12 @@ def _canonical(key: str) -> str:
     return key
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """The JSON form of a PEFT config value: enums by value, sets sorted."""
     if isinstance(value, Mapping):
-        return {str(getattr(k, "value", k)): _plain(v) for k, v in value.items()}
+        return {str(getattr(k, "value", k)): _as_json(v) for k, v in value.items()}
     if isinstance(value, set | frozenset):
-        return sorted(_plain(item) for item in value)
+        return sorted(_as_json(item) for item in value)
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_as_json(item) for item in value]
     return getattr(value, "value", value)

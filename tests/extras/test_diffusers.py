@@ -1,4 +1,4 @@
-"""A diffusers model, and what its users write in place of ``enable_lora_hotswap``."""
+"""A diffusers model, and the code that replaces ``enable_lora_hotswap``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hotswap_lib import (
     pack,
     prepare,
 )
-from tests.hotswap_lib.families import pad, randomize
+from tests.hotswap_lib.families import assert_near, pad, randomize
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of diffusers' own imports
@@ -109,7 +109,7 @@ def load_diffusers_lora(pipe: Any, path: Path, name: str) -> Adapter:
     )
     with torch.device("meta"):
         scratch = type(pipe.unet).from_config(pipe.unet.config)
-    scratch.to_empty(device="cpu")  # memory that nobody writes to takes up none
+    scratch.to_empty(device="cpu")  # memory that is never written to is never allocated
     pipe.load_lora_into_unet(state, alphas, scratch, adapter_name="x", metadata=metadata)
     return Adapter.from_peft_model(scratch, "x", name=name)
 
@@ -127,7 +127,7 @@ def test_adapters_that_peft_saved_swap_in_a_unet(tmp_path: Path) -> None:
         unpadded = outputs(fresh)
         pad(fresh, MAX_RANK)
         expected.append(outputs(fresh))
-        torch.testing.assert_close(expected[-1], unpadded)
+        assert_near(expected[-1], unpadded)
     for index in (0, 1, 2, 1, 0, 2):
         slot.commit(slot.stage(pack(paths[index], slot.layout)))
         slot.verify()

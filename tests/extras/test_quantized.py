@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from hotswap_lib import BASE, Envelope, InvalidEnvelope, Slot, null_image, pack, prepare
-from hotswap_lib.injection import lora_layers
-from hotswap_lib.layer_kinds import kind
-from tests.hotswap_lib.families import IDS, pad, randomize
+from hotswap_lib.layers import lora_layers
+from hotswap_lib.peft_internals import layer_kind
+from tests.hotswap_lib.families import IDS, assert_near, pad, randomize
 
 MAX_RANK = 8
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -76,8 +76,8 @@ class Quantization:
 
     Attributes:
         library: what has to be installed for it.
-        config: what transformers is told.
-        kind: the LoRA class that PEFT chooses, as `hotswap_lib.roles` names it.
+        config: the quantization config for transformers.
+        kind: the LoRA class that PEFT chooses, as `hotswap_lib.layer_kinds` names it.
         dtype: of all that is not quantized.
     """
 
@@ -137,7 +137,7 @@ class Quantized:
         return folder
 
     def fresh(self, path: Path, *, padded: bool, packed: bool = True) -> torch.Tensor:
-        """What a fresh PeftModel with the adapter computes."""
+        """The logits of a fresh PeftModel with the adapter."""
         model = PeftModel.from_pretrained(self.base(packed=packed), str(path)).eval()
         if padded:
             pad(model, MAX_RANK)
@@ -185,7 +185,7 @@ def quantized(request: pytest.FixtureRequest, folder: Path) -> Quantized:
 def test_the_lora_layers_are_of_the_quantized_class(quantized: Quantized) -> None:
     targets = [*TARGETS, "lm_head"]
     slot = prepare(quantized.base(), envelope=Envelope(MAX_RANK, targets))
-    kinds = {name: kind(layer) for name, layer in lora_layers(slot.model, "default").items()}
+    kinds = {name: layer_kind(layer) for name, layer in lora_layers(slot.model, "default").items()}
     # transformers leaves the head as it is: two kinds of layers in one slot
     head = kinds.pop("lm_head")
     assert head in ("layer.Linear", quantized.quantization.kind)
@@ -219,14 +219,12 @@ def test_swaps_in_any_order_over_a_quantized_model_equal_fresh_models(
     slot = prepare(quantized.base(), envelope=Envelope(MAX_RANK, list(TARGETS)))
     unpadded = {name: quantized.fresh(path, padded=False) for name, path in paths.items()}
     # in bfloat16 two orders of adding up may differ by a step of a number near one
-    tolerance = 0.02 if quantized.in_bfloat16 else 1e-5
+    tolerance = 0.02 if quantized.in_bfloat16 else 1e-4
     for name in ("wide", "low", "patterns", "rslora", "wide", "low", "rslora", "patterns"):
         commit(slot, paths[name])
         slot.verify()
         assert torch.equal(logits(slot.model), expected[name])
-        torch.testing.assert_close(
-            logits(slot.model), unpadded[name], rtol=tolerance, atol=tolerance
-        )
+        assert_near(logits(slot.model), unpadded[name], tolerance=tolerance)
     slot.rollback()
     assert torch.equal(logits(slot.model), expected["rslora"])
     slot.rollback()
@@ -280,7 +278,7 @@ def test_dora_over_a_quantized_model_equals_fresh_models(
         slot.verify()
         if name == "low" and quantized.in_bfloat16:
             # PEFT rounds what LoRA adds to bfloat16 before it adds it, and DoRA after
-            torch.testing.assert_close(logits(slot.model), fresh[name], rtol=0.02, atol=0.02)
+            assert_near(logits(slot.model), fresh[name], tolerance=0.02)
         else:
             assert torch.equal(logits(slot.model), fresh[name])
     before_last = logits(slot.model)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.filterwarnings(warning))
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch with one thread: more of them only slow thousands of small operations down."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
 def _llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -65,7 +83,7 @@ def _llama() -> LlamaForCausalLM:
 
 
 class Tiny:
-    """What the tests do with the tiny model."""
+    """The tiny model, and what tests need to know about it."""
 
     max_rank = MAX_RANK
     envelope = Envelope(max_rank=MAX_RANK)
@@ -95,7 +113,7 @@ class Tiny:
         return model
 
     def logits(self, model: torch.nn.Module) -> torch.Tensor:
-        """What the model computes for twelve tokens."""
+        """The model's logits for twelve tokens."""
         with torch.no_grad():
             output: torch.Tensor = model(IDS).logits
         return output
@@ -120,11 +138,13 @@ def adapters(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 @pytest.fixture(scope="session")
 def expected(tiny: Tiny, adapters: dict[str, Path]) -> dict[str, torch.Tensor]:
     """Name → logits of the equally padded PeftModel; ``"base"`` → of the base model."""
-    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
+    # with as many threads as the tests that compare with it
+    with one_thread(), pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
         padded = {
             name: tiny.logits(tiny.peft_model(path, padded=True)) for name, path in adapters.items()
         }
-    return {"base": tiny.logits(tiny.base()), **padded}
+    with one_thread():
+        return {"base": tiny.logits(tiny.base()), **padded}
 
 
 @pytest.fixture

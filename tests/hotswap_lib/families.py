@@ -77,7 +77,7 @@ class Family:
         return copy.deepcopy(_base(self.name))
 
     def outputs(self, model: torch.nn.Module) -> torch.Tensor:
-        """What a model of this family computes for twelve tokens."""
+        """The outputs of a model of this family for twelve tokens."""
         with torch.no_grad():
             if self.name == "t5":
                 output: torch.Tensor = model(input_ids=IDS, decoder_input_ids=IDS).logits
@@ -101,7 +101,7 @@ class Family:
         if dtype is not torch.float32:
             path = folder / "adapter_model.safetensors"
             # copied, because a mapped file cannot be written over; base weights that PEFT saves
-            # beside LoRA on embeddings would be other base weights if they were rounded
+            # with LoRA on embeddings would be other base weights if they were rounded
             tensors = {
                 key: tensor.to(dtype) if _is_trained(key, tensor) else tensor.clone()
                 for key, tensor in load_file(path).items()
@@ -117,6 +117,22 @@ class Family:
         if padded_to is not None:
             pad(model, padded_to)
         return model
+
+
+def is_near(output: torch.Tensor, expected: torch.Tensor, *, tolerance: float = 1e-4) -> bool:
+    """True if no value differs by more than a part of the largest one.
+
+    Products of other shapes, and other orders of the same sum, round differently on each
+    processor. Products of equal shapes are compared with torch.equal.
+    """
+    difference = float((output.float() - expected.float()).abs().max())
+    return difference <= tolerance * float(expected.float().abs().max())
+
+
+def assert_near(output: torch.Tensor, expected: torch.Tensor, *, tolerance: float = 1e-4) -> None:
+    """See `is_near`."""
+    difference = (output.float() - expected.float()).abs().max()
+    assert is_near(output, expected, tolerance=tolerance), f"they differ by up to {difference}"
 
 
 def _is_trained(key: str, tensor: torch.Tensor) -> bool:

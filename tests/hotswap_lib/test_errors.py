@@ -52,8 +52,3 @@ def test_a_refusal_is_one_sentence_with_adapter_tensor_and_rule() -> None:
     error = errors.ShapeMismatch("support-bot", "q.lora_A.weight", "its shape is wrong")
     assert str(error) == "adapter 'support-bot', tensor 'q.lora_A.weight': its shape is wrong"
     assert (error.adapter, error.tensor, error.rule) == error.args
-
-
-def test_all_names_in_all_exist_and_are_sorted_as_ruff_sorts_them() -> None:
-    assert all(hasattr(hotswap_lib, name) for name in hotswap_lib.__all__)
-    assert len(set(hotswap_lib.__all__)) == len(hotswap_lib.__all__)

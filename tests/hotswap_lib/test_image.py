@@ -39,7 +39,7 @@ def test_weights_lie_at_their_entries_and_padding_is_zero(slot: Slot, adapters: 
         rank_dim = 0 if "lora_A" in key else 1
         inside = packed[key].narrow(rank_dim, 0, 8)
         assert torch.equal(inside, tensor)
-        assert packed[key].abs().sum() == pytest.approx(inside.abs().sum())
+        assert torch.count_nonzero(packed[key]) == torch.count_nonzero(inside)
 
 
 def test_modules_that_the_adapter_leaves_alone_are_zero_with_scaling_zero(
@@ -61,7 +61,7 @@ def test_scalings_are_those_of_a_fresh_peft_model(
         if hasattr(module, "lora_A")
     }
     for key, scaling in layers.items():
-        assert packed[key].item() == pytest.approx(scaling, rel=1e-7)
+        assert packed[key].item() == pytest.approx(scaling, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -1,4 +1,4 @@
-"""What is special about each kind of layer, and about each kind of checkpoint."""
+"""Swaps with each kind of layer and each kind of checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from hotswap_lib import (
     prepare,
 )
 
-from .families import FAMILIES, Family, pad, randomize
+from .families import FAMILIES, Family, assert_near, pad, randomize
 
 MAX_RANK = 8
 LLAMA, QWEN2, GPT2, CONVNET = (FAMILIES[name] for name in ("llama", "qwen2", "gpt2", "convnet"))
@@ -331,7 +331,7 @@ def test_a_rank_that_groups_cannot_share_is_refused_by_name(tmp_path: Path, rank
     path = CONVNET.save(tmp_path, seed=1, r=8, target_modules=["grouped"])
     config = path / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "r": rank}))
-    # PEFT never writes such a checkpoint: somebody cut the ranks of another one
+    # PEFT never writes such a checkpoint: the ranks of another one were cut
     rewrite(
         path,
         lambda tensors: {
@@ -377,7 +377,7 @@ def test_gpt2s_transposed_linear_layers_swap(tmp_path: Path, dora: bool) -> None
         commit(slot, path)
         expected = GPT2.outputs(GPT2.fresh(path, padded_to=MAX_RANK))
         if dora:  # the layers that the adapter leaves alone have a factor of one, and rounding
-            torch.testing.assert_close(GPT2.outputs(slot.model), expected)
+            assert_near(GPT2.outputs(slot.model), expected)
         else:
             assert torch.equal(GPT2.outputs(slot.model), expected)
 

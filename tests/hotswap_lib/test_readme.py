@@ -19,7 +19,9 @@ TESTS = Path(__file__).parents[1]
 
 
 def _table() -> list[tuple[str, str]]:
-    section = README.read_text().partition("## What it takes")[2].partition("\n## ")[0]
+    section = (
+        README.read_text().partition("## Supported models and adapters")[2].partition("\n## ")[0]
+    )
     rows = re.findall(r"^\| (.+) \| (.+) \|$", section, re.MULTILINE)
     return [(what, proof) for what, proof in rows if what not in ("what", "---")]
 

@@ -3,17 +3,11 @@ from __future__ import annotations
 import pickle
 
 import pytest
-import torch
 
 from hotswap_lib import BASE, AdapterNameInvalid, Revision
-from hotswap_lib.digest import revision_of
 
-TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}
-CONFIG = {"r": 2, "lora_alpha": 4, "peft_type": "LORA"}
-
-
-def digest(config: dict[str, object] = CONFIG, **tensors: torch.Tensor) -> str:
-    return revision_of("x", config, {**TENSORS, **tensors}).digest
+DIGEST = "3f2a9c1d" + "0" * 56
+REVISION = Revision("support-bot", DIGEST)
 
 
 def test_a_revision_is_shown_with_eight_characters_of_its_digest() -> None:
@@ -38,60 +32,32 @@ def test_revisions_are_values() -> None:
     assert len({revision, Revision("x", "1" * 64)}) == 1
 
 
-def test_the_same_content_in_another_order_is_the_same_revision() -> None:
-    backwards = dict(reversed(TENSORS.items()))
-    assert revision_of("x", CONFIG, backwards) == revision_of("x", CONFIG, TENSORS)
+def test_a_key_is_the_full_text_and_parses_back() -> None:
+    assert REVISION.key == f"support-bot@{DIGEST}"
+    assert Revision.parse(REVISION.key) == REVISION
+    assert Revision.parse(BASE.key) == BASE
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [
-        {"r": 4},
-        {"lora_alpha": 5},
-        {"rank_pattern": {"q": 1}},
-        {"alpha_pattern": {"q": 1}},
-        {"use_rslora": True},
-        {"use_dora": True},
-        {"bias": "all"},
-        {"lora_bias": True},
-        {"modules_to_save": ["head"]},
-    ],
+    "key", ["support-bot", "support-bot@3f2a9c1d", f"support-bot:{DIGEST}", ""]
 )
-def test_a_field_that_changes_the_output_changes_the_revision(changed: dict[str, object]) -> None:
-    assert digest({**CONFIG, **changed}) != digest()
+def test_a_text_that_is_not_a_key_does_not_parse(key: str) -> None:
+    with pytest.raises((ValueError, AdapterNameInvalid)):
+        Revision.parse(key)
+
+
+def test_a_key_without_a_name_does_not_parse() -> None:
+    with pytest.raises(AdapterNameInvalid):
+        Revision.parse(f"@{DIGEST}")
+
+
+@pytest.mark.parametrize("pin", ["support-bot", "support-bot@3f2a9c1d", f"support-bot@{DIGEST}"])
+def test_a_pin_is_the_name_or_the_name_with_a_short_or_full_digest(pin: str) -> None:
+    assert REVISION.matches(pin)
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [
-        {"lora_dropout": 0.5},
-        {"base_model_name_or_path": "/elsewhere"},
-        {"inference_mode": True},
-        {"use_rslora": False, "rank_pattern": None, "bias": "none", "modules_to_save": []},
-    ],
+    "pin", ["", "support", "support-bot@", "support-bot@3f2a", "other@3f2a9c1d", DIGEST]
 )
-def test_a_field_that_does_not_change_the_output_is_left_out(changed: dict[str, object]) -> None:
-    assert digest({**CONFIG, **changed}) == digest()
-
-
-def test_one_bit_a_shape_a_dtype_and_a_key_each_change_the_revision() -> None:
-    flipped = TENSORS["a"].clone()
-    flipped.view(torch.int32)[0, 0] ^= 1
-    variants = [
-        digest(a=flipped),
-        digest(a=TENSORS["a"].view(3, 2)),
-        digest(a=TENSORS["a"].view(torch.int32)),
-        digest(c=torch.ones(1)),
-    ]
-    assert len({*variants, digest()}) == 5
-
-
-def test_bfloat16_and_non_contiguous_tensors_have_digests() -> None:
-    square = torch.randn(4, 4, dtype=torch.bfloat16)
-    assert digest(a=square.t()) == digest(a=square.t().contiguous()) != digest(a=square)
-
-
-def test_the_order_of_patterns_is_content_because_peft_takes_the_first_that_matches() -> None:
-    one = {"alpha_pattern": {"q": 1, "layers.0.q": 2}}
-    other = {"alpha_pattern": {"layers.0.q": 2, "q": 1}}
-    assert digest({**CONFIG, **one}) != digest({**CONFIG, **other})
+def test_no_other_text_matches(pin: str) -> None:
+    assert not REVISION.matches(pin)

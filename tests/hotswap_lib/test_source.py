@@ -117,23 +117,6 @@ def test_a_hub_id_is_read_from_the_cache_offline(hub_cache: Path, adapters: Adap
     assert at_commit.revision == adapter.revision
 
 
-def test_a_push_between_two_reads_does_not_mix_two_commits(
-    hub_cache: Path, adapters: Adapters, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    repository = hub_cache / "models--team--wide"
-    shutil.copytree(adapters["attention"], repository / "snapshots" / ("d" * 40))
-    download = huggingface_hub.hf_hub_download
-
-    def download_then_push(*args: Any, **kwargs: Any) -> str:
-        path: str = download(*args, **kwargs)
-        (repository / "refs" / "main").write_text("d" * 40)
-        return path
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download_then_push)
-    adapter = load_adapter("team/wide", cache_dir=hub_cache)
-    assert adapter.revision == load_adapter(adapters["wide"]).revision
-
-
 def test_a_hub_repository_with_a_pickle_only_is_refused(hub_cache: Path) -> None:
     snapshot = hub_cache / "models--team--wide" / "snapshots" / COMMIT
     (snapshot / "adapter_model.safetensors").rename(snapshot / "adapter_model.bin")
