@@ -3,7 +3,7 @@
 ``python -m benchmarks.fleet [--json [PATH]] [--quick]``
 
 Simulated: the controller itself, with its journal and its store on this disk, and replicas that are
-reports and nothing else: each has done at once what it was told. Counted is the CPU time of this
+reports and nothing else: each does at once what a document asks for. Counted is the CPU time of this
 process, so the stand-ins' own is in it. A canary of two steps on shared replicas, then the waves,
 a quarter of the fleet each. Real: Ray actors with a tiny model each, in the control lane of the
 application; `converge` is from the accepted request to the last acknowledgement, all at once.
@@ -41,9 +41,11 @@ from transformers import AutoModelForCausalLM
 from benchmarks.serving_figures import Figure
 from benchmarks.serving_world import SHAPE_TINY, random_adapters, random_model
 from hotswap_lib import Envelope, Layout, Revision, Slot, prepare
-from serve_app.controller import images
-from serve_app.controller import rollout_requests as steering
+from serve_app.controller import images, rollout_requests
 from serve_app.controller.deployment import Controller
+from serve_app.controller.images import AdapterStore
+from serve_app.controller.journal import Journal
+from serve_app.controller.probing import RayProbes
 from serve_app.engine.causal import CausalEngine
 from serve_app.replica.control_loop import ControlLoop
 from serve_app.rollout.plan import CanaryStep, Plan
@@ -143,7 +145,13 @@ async def _rolled(
         counted["puts"] += 1
         return object()
 
-    controller = Controller(Settings(poll_s=60), state_uri=state, put=put)
+    controller = Controller(
+        Settings(poll_s=60),
+        journal=Journal(state),
+        store=AdapterStore(state),
+        put=put,
+        probing=RayProbes("benchmark"),
+    )
     await controller.start()
     shadows = [Shadow(f"r{i}", slot.layout, slot.revision) for i in range(size)]
     tasks = [asyncio.create_task(shadow.run(controller)) for shadow in shadows]
@@ -151,7 +159,7 @@ async def _rolled(
         await asyncio.sleep(0.05)
     steps = (CanaryStep(weight=10), CanaryStep(weight=50))
     with (
-        _counting(steering, "load_adapter", counted, "reads"),
+        _counting(rollout_requests, "load_adapter", counted, "reads"),
         _counting(images, "pack", counted, "packs"),
     ):
         for adapter in adapters[:2]:
@@ -192,7 +200,12 @@ class Decides:
     """The controller in an actor of its own."""
 
     async def __init__(self, state: str) -> None:  # type: ignore[misc]  # Ray awaits methods only
-        self._controller = Controller(Settings(), state_uri=state)
+        self._controller = Controller(
+            Settings(),
+            journal=Journal(state),
+            store=AdapterStore(state),
+            probing=RayProbes("benchmark"),
+        )
 
     async def start(self) -> None:
         await self._controller.start()
@@ -221,7 +234,7 @@ class Decides:
 
 
 class Member:
-    """A replica's engine and control lane, and nobody who asks it anything."""
+    """A replica's engine and control loop, without requests."""
 
     async def start(self, name: str, model: str, controller: Any) -> None:
         torch.set_num_threads(1)
@@ -255,7 +268,7 @@ def real(sizes: Sequence[int], model: str, adapters: Sequence[Path]) -> Iterator
             controller: Any = ray.remote(num_cpus=0, max_concurrency=1000)(Decides).remote(state)
             ray.get(controller.start.remote())
             members: list[Any] = []
-            weight_lock = itertools.cycle(adapters)  # never the one that the fleet holds
+            turns = itertools.cycle(adapters)  # never the one that the fleet holds
             for size in sizes:
                 while len(members) < size:
                     some = [
@@ -269,7 +282,7 @@ def real(sizes: Sequence[int], model: str, adapters: Sequence[Path]) -> Iterator
                     ray.get(begun, timeout=300)
                     members += some
                 took = [
-                    ray.get(controller.roll.remote(str(next(weight_lock))), timeout=120)
+                    ray.get(controller.roll.remote(str(next(turns))), timeout=120)
                     for _ in range(ROLLOUTS)
                 ]
                 yield Figure(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from serve_app.rollout import requests
 from serve_app.rollout.analysis import Outcome, Verdict
 from serve_app.rollout.assignment import canaries
-from serve_app.rollout.events import Judged
+from serve_app.rollout.events import Judged, Reported, Ticked
 from serve_app.rollout.plan import Placement
 from serve_app.rollout.state import Fleet, Pause, Rollout, State, Traffic
-from serve_app.rollout.walk import fail, to
+from serve_app.rollout.table import handles
+from serve_app.rollout.walk import fail, next_step, to
 from serve_app.rollout.waves import broken, having, idle, in_service, send
 
 _VERDICTS = 200  # of one rollout: the journal is written whole at every decision
@@ -45,9 +45,9 @@ def hold_step(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
         return replace(fleet, rollout=replace(rollout, placed_at=at, deadline_at=deadline_at))
     if step.hold == "manual":
         why = f"step {rollout.step + 1} of {len(rollout.plan.steps)} waits to be promoted"
-        return to(fleet, State.PAUSED, at=at, reason=why, pause=Pause.STEP)
+        return to(fleet, State.PAUSED, event=Reported, at=at, reason=why, pause=Pause.STEP)
     if rollout.plan.analysis is None and at >= rollout.placed_at + step.hold:
-        return requests.next_step(fleet, at=at)
+        return to(next_step(fleet, at=at), State.PROGRESSING, event=Ticked, at=at)
     return fleet
 
 
@@ -66,21 +66,24 @@ def place(fleet: Fleet, rollout: Rollout) -> Fleet:
 def judge(fleet: Fleet, event: Judged) -> Fleet:
     """A pass counts when the step has been held for long enough, a failure at any time."""
     rollout = fleet.running
-    judged = rollout is not None and rollout.state in (State.PROGRESSING, State.PAUSED)
-    if rollout is None or not judged or rollout.current is None or rollout.step_id != event.step_id:
-        return fleet  # of a step that was left meanwhile
+    if rollout is None or rollout.current is None or rollout.step_id != event.step_id:
+        return fleet  # the verdict is about a step that was left meanwhile
+    if not handles(rollout.state, Judged):
+        return fleet
     verdict = event.verdict
     if rollout.pause is Pause.FAILURE:
         return fleet  # it waits for somebody, whatever is measured
     if verdict.outcome is Outcome.FAIL:
         why = f"step {rollout.step + 1} failed its analysis: {verdict.why}"
-        return fail(_with_verdict(fleet, rollout, verdict), rollout, why, at=event.at)
+        judged = _with_verdict(fleet, rollout, verdict)
+        return fail(judged, rollout, why, event=Judged, at=event.at)
     if verdict.outcome is Outcome.INCONCLUSIVE:
         known = rollout.unclear is not None  # once is enough
         return fleet if known else _with_verdict(fleet, rollout, verdict)
     held = rollout.hold_until is not None and event.at >= rollout.hold_until
     if held and rollout.state is State.PROGRESSING and _placed(fleet, rollout):
-        return requests.next_step(_with_verdict(fleet, rollout, verdict), at=event.at)
+        left = next_step(_with_verdict(fleet, rollout, verdict), at=event.at)
+        return to(left, State.PROGRESSING, event=Judged, at=event.at)
     return fleet
 
 

@@ -19,7 +19,15 @@ from typing import TypeVar, assert_never
 
 from serve_app.rollout import requests
 from serve_app.rollout.canary import hold_step, judge, place, traffic
-from serve_app.rollout.events import Event, Heard, Judged, Left, Reported, Ticked
+from serve_app.rollout.events import (
+    Event,
+    Judged,
+    Left,
+    ReportBatch,
+    Reported,
+    StartRequested,
+    Ticked,
+)
 from serve_app.rollout.state import Fleet, Observed, Rollout, State
 from serve_app.rollout.walk import fail, to
 from serve_app.rollout.waves import all_serve, all_to_stable, broken, having, idle, send
@@ -57,9 +65,9 @@ def _decision(fleet: Fleet) -> object:
 def _apply(fleet: Fleet, event: Event) -> Fleet:
     match event:
         case Reported():
-            return _hear(fleet, (event,))
-        case Heard():
-            return _hear(fleet, event.reports)
+            return _take_reports(fleet, (event,))
+        case ReportBatch():
+            return _take_reports(fleet, event.reports)
         case Left():
             return replace(
                 fleet,
@@ -74,7 +82,7 @@ def _apply(fleet: Fleet, event: Event) -> Fleet:
             return requests.apply(fleet, event)
 
 
-def _hear(fleet: Fleet, reports: Sequence[Reported]) -> Fleet:
+def _take_reports(fleet: Fleet, reports: Sequence[Reported]) -> Fleet:
     seen = {report.replica: Observed(state=report.state, seen_at=report.at) for report in reports}
     # a late joiner gets stable: what it has never held is proven on others first
     joined = {replica: fleet.stable for replica in seen if replica not in fleet.assigned}
@@ -97,10 +105,12 @@ def _settle(fleet: Fleet, *, at: float) -> Fleet:
 def _step(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
     match rollout.state:
         case State.PENDING:
-            return to(fleet, State.STAGING, at=at)
+            return to(fleet, State.STAGING, event=StartRequested, at=at)
         case State.STAGING | State.PROGRESSING:
-            if (why := _why_fail(fleet, rollout, at=at)) is not None:
-                return fail(fleet, rollout, why, at=at)
+            if (why := _failure(fleet, rollout)) is not None:
+                return fail(fleet, rollout, why, event=Reported, at=at)
+            if at >= rollout.deadline_at:
+                return fail(fleet, rollout, _too_late(rollout), event=Ticked, at=at)
             if rollout.state is State.STAGING:
                 return _stage(fleet, rollout, at=at)
             if rollout.current is not None:
@@ -116,7 +126,7 @@ def _step(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
             if fleet.history[-1:] != (rollout.target,):
                 history = (*fleet.history, rollout.target)
                 fleet = replace(fleet, history=history[-limit - 1 :])
-            return to(fleet, State.SUCCEEDED, at=at)
+            return to(fleet, State.SUCCEEDED, event=Reported, at=at)
         case State.ABORTING:
             return _abort(fleet, rollout, at=at)
         case State.SUCCEEDED | State.ABORTED | State.FAILED | State.SUPERSEDED:
@@ -128,13 +138,13 @@ def _step(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
 def _stage(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
     if fleet.observed and having(fleet, rollout.target) == set(fleet.observed):
         fleet = replace(fleet, rollout=replace(rollout, begun=True))
-        return to(fleet, State.PROGRESSING, at=at)
+        return to(fleet, State.PROGRESSING, event=Reported, at=at)
     return fleet
 
 
 def _convert(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
     if fleet.observed and all_serve(fleet, rollout.target):
-        return to(fleet, State.PROMOTING, at=at)
+        return to(fleet, State.PROMOTING, event=Reported, at=at)
     ready = having(fleet, rollout.target)
     return send(fleet, rollout, rollout.target, ready=ready, free=broken(fleet))
 
@@ -148,27 +158,30 @@ def _abort(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
         and (rollout.target in alone or rollout.target not in seen.state.also_serves)
         for seen in fleet.observed.values()
     ):
-        return to(all_to_stable(fleet), State.ABORTED, at=at)
+        return to(all_to_stable(fleet), State.ABORTED, event=Reported, at=at)
     for replica, observed in fleet.observed.items():
         failure = None if observed.state is None else observed.state.failure
         if failure and failure.revision == fleet.stable and failure.generation > rollout.since:
             reason = f"{rollout.reason}; then {replica} could not go back: {failure.reason}"
-            return to(all_to_stable(fleet), State.FAILED, at=at, reason=reason)
+            back = all_to_stable(fleet)
+            return to(back, State.FAILED, event=Reported, at=at, reason=reason)
     # whoever does not serve anyway goes back at once; the others in waves, like on the way there
     return send(fleet, rollout, fleet.stable, ready=set(fleet.observed), free=idle(fleet))
 
 
-def _why_fail(fleet: Fleet, rollout: Rollout, *, at: float) -> str | None:
+def _failure(fleet: Fleet, rollout: Rollout) -> str | None:
     # also of a shared canary; a loaded adapter that is not the target fails no rollout
     for replica, observed in fleet.observed.items():
         for failure in observed.failures_of(rollout.target):
             if failure.generation >= rollout.since:
                 return f"replica {replica}: {failure.reason}"
-    if at >= rollout.deadline_at:
-        what = "it" if rollout.current is None else f"step {rollout.step + 1}"
-        why = "" if rollout.unclear is None else f": {rollout.unclear.why}"
-        return f"{what} was not over within {rollout.plan.progress_deadline:g} s{why}"
     return None
+
+
+def _too_late(rollout: Rollout) -> str:
+    what = "it" if rollout.current is None else f"step {rollout.step + 1}"
+    why = "" if rollout.unclear is None else f": {rollout.unclear.why}"
+    return f"{what} was not over within {rollout.plan.progress_deadline:g} s{why}"
 
 
 def _without(mapping: Mapping[str, V], key: str) -> dict[str, V]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from serve_app.rollout.events import StartRequested
 from serve_app.rollout.plan import Plan
 from serve_app.rollout.state import Desired, Fleet, Observed, Rollout, State
+from serve_app.rollout.walk import to
 
 
 def restored(fleet: Fleet, *, at: float) -> Fleet:
@@ -17,6 +19,24 @@ def restored(fleet: Fleet, *, at: float) -> Fleet:
     """
     expected = {replica: Observed(seen_at=at) for replica in fleet.assigned}
     return replace(fleet, epoch=fleet.epoch + 1, observed=expected)
+
+
+def redeclared(before: Fleet, declared: Fleet, *, at: float) -> Fleet:
+    """A deploy declared another adapter: it is stable now, and a running rollout ends.
+
+    Loaded adapters, past rollouts and idempotency keys stay.
+    """
+    if before.running is not None:
+        reason = "a deploy declared another adapter"
+        before = to(before, State.SUPERSEDED, event=StartRequested, at=at, reason=reason)
+    last = () if before.rollout is None else (before.rollout,)
+    return replace(
+        declared,
+        loaded=before.loaded,
+        rollouts=before.rollouts,
+        past=(*before.past, *last),
+        keys=before.keys,
+    )
 
 
 def rebuilt(documents: Mapping[str, Desired], *, at: float) -> Fleet:

@@ -29,48 +29,15 @@ class State(StrEnum):
     SUPERSEDED = "superseded"
 
 
+ENDS = frozenset({State.SUCCEEDED, State.ABORTED, State.FAILED, State.SUPERSEDED})
+
+
 class Pause(StrEnum):
     """What a paused rollout waits for."""
 
     ASKED = "asked"  # for whoever paused it
     STEP = "step"  # its step is held until somebody promotes it
     FAILURE = "failure"  # something failed, and the plan says to wait rather than go back
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the transition table."""
-
-    before: State
-    after: State
-    when: str
-
-
-# Everything that a rollout can do. `serve_app.rollout.table` makes the documentation from it, and
-# `serve_app.rollout.machine` refuses every other step.
-TABLE: tuple[Row, ...] = (
-    Row(State.PENDING, State.STAGING, "at once: replicas are told to stage the target"),
-    Row(State.STAGING, State.PROGRESSING, "every replica has staged the target"),
-    Row(State.STAGING, State.PAUSED, "pause; a failure, with `on_failure: pause`"),
-    Row(State.STAGING, State.ABORTING, "abort; a failure or the deadline, with rollback"),
-    Row(State.STAGING, State.SUPERSEDED, "a newer plan"),
-    Row(State.PROGRESSING, State.PAUSED, "pause; `hold: manual`; a failure, with pause"),
-    Row(State.PROGRESSING, State.PROMOTING, "every replica serves the target"),
-    Row(State.PROGRESSING, State.ABORTING, "abort; a failure, verdict or deadline, with rollback"),
-    Row(State.PROGRESSING, State.SUPERSEDED, "a newer plan"),
-    Row(State.PAUSED, State.STAGING, "resume, promote or retry, and some have not staged yet"),
-    Row(State.PAUSED, State.PROGRESSING, "resume, promote or retry"),
-    Row(State.PAUSED, State.PAUSED, "a verdict that fails, with `on_failure: pause`"),
-    Row(State.PAUSED, State.ABORTING, "abort; a verdict that fails, with rollback"),
-    Row(State.PAUSED, State.SUPERSEDED, "a newer plan"),
-    Row(State.PROMOTING, State.SUCCEEDED, "at once: the target is stable"),
-    Row(State.ABORTING, State.ABORTED, "every replica serves stable, and it alone"),
-    Row(State.ABORTING, State.FAILED, "a replica cannot go back"),
-    Row(State.ABORTING, State.SUPERSEDED, "a newer plan"),
-)
-TRANSITIONS: Mapping[State, frozenset[State]] = {
-    state: frozenset(row.after for row in TABLE if row.before is state) for state in State
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +162,7 @@ class Rollout:
 
     @property
     def ended(self) -> bool:
-        return not TRANSITIONS[self.state]
+        return self.state in ENDS
 
     @property
     def current(self) -> CanaryStep | None:

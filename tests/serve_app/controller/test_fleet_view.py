@@ -209,13 +209,15 @@ def test_a_canary_says_the_share_that_it_got_beside_the_one_that_it_shall_get() 
             return (9.8765, 810) if revision == CANARY.target else (None, 0)
 
     fleet = replace(FLEET, rollout=CANARY)
-    shown = rollout_view(fleet, CANARY, step_id=Counted()).canary
+    shown = rollout_view(fleet, CANARY, stats=Counted()).canary
     assert shown is not None
     assert (shown.weight, shown.share, shown.requests) == (10, 9.88, 810)
     over = replace(CANARY, state=State.ABORTED, ended_at=101.0)
-    shown = rollout_view(replace(FLEET, rollout=over), over, step_id=Counted()).canary
+    shown = rollout_view(replace(FLEET, rollout=over), over, stats=Counted()).canary
     assert shown is not None
-    assert (shown.share, shown.requests) == (None, 0), "the step_id is another one's by now"
+    assert (shown.share, shown.requests) == (None, 0), (
+        "the statistics belong to another step by now"
+    )
 
 
 def test_a_canary_that_waits_says_for_what() -> None:

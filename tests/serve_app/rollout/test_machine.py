@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
-from serve_app.rollout.events import Event, Heard, Left, Reported, Ticked
+from serve_app.rollout.events import Event, Left, ReportBatch, Reported, Ticked
 from serve_app.rollout.machine import advance, silent
 from serve_app.rollout.plan import InFlight, Strategy
 from serve_app.rollout.recovery import restored
-from serve_app.rollout.state import TRANSITIONS, Desired, Fleet, Observed, State
+from serve_app.rollout.state import Desired, Fleet, Observed, State
 from serve_app.rollout.walk import progress
 from tests.serve_app.rollout.fleets import (
     NEW,
@@ -144,11 +144,6 @@ def test_an_abort_outranks_the_target_and_drops_what_was_staged() -> None:
     assert state_of(rolled(fleet, OLD)) is State.ABORTED
 
 
-def test_an_abort_with_nothing_running_changes_nothing() -> None:
-    for fleet in (fleet_of(2), rolled(advance(fleet_of(2), ask()))):
-        assert advance(fleet, abort()) == fleet
-
-
 def test_a_second_abort_changes_nothing() -> None:
     fleet = staged_everywhere(advance(fleet_of(2), ask()))
     aborting = after(fleet, said("r1", NEW), abort())
@@ -200,7 +195,7 @@ def test_a_new_rollout_over_a_running_one_keeps_the_original_way_back() -> None:
     assert fleet.rollout is not None
     assert (fleet.rollout.target, fleet.rollout.previous) == (OTHER, OLD)
     assert fleet.past[0].ended_at == 20
-    assert rolled(advance(fleet, abort()), OLD).stable == OLD
+    assert rolled(advance(fleet, abort("rollout-2")), OLD).stable == OLD
 
 
 def test_a_new_rollout_goes_ahead_of_an_abort_that_is_still_under_way() -> None:
@@ -423,23 +418,17 @@ def test_a_restart_keeps_what_was_loaded() -> None:
     assert restored(fleet, at=99.0).loaded == (TENANT, OTHER)
 
 
-def test_every_state_has_a_row_and_every_row_leads_to_states() -> None:
-    assert set(TRANSITIONS) == set(State)
-    ends = {state for state, successors in TRANSITIONS.items() if not successors}
-    assert ends == {State.SUCCEEDED, State.ABORTED, State.FAILED, State.SUPERSEDED}
-
-
 def test_a_failure_among_several_reports_is_heard() -> None:
     fleet = staged_everywhere(advance(fleet_of(2), ask()))
     failed = said("r1", OLD, staged=NEW, failure=broken(NEW, fleet.generation))
-    fleet = advance(fleet, Heard(reports=(failed, said("r2", staged=NEW)), at=12))
+    fleet = advance(fleet, ReportBatch(reports=(failed, said("r2", staged=NEW)), at=12))
     assert state_of(fleet) is State.ABORTING
 
 
 def test_of_two_reports_of_one_replica_the_later_one_counts() -> None:
     fleet = advance(fleet_of(2), ask())
     reports = said("r1", at=11), said("r1", staged=NEW, at=12)
-    fleet = advance(fleet, Heard(reports=reports, at=12))
+    fleet = advance(fleet, ReportBatch(reports=reports, at=12))
     seen = fleet.observed["r1"]
     assert seen.state is not None
     assert (seen.state.staged, seen.seen_at) == (NEW, 12)
@@ -471,7 +460,7 @@ def test_several_reports_at_once_are_the_same_as_one_by_one(
     before: str, reports: list[Reported]
 ) -> None:
     fleet = BEFORE[before]
-    at_once = advance(fleet, Heard(reports=tuple(reports), at=11))
+    at_once = advance(fleet, ReportBatch(reports=tuple(reports), at=11))
     one_by_one = after(fleet, *reports)
     assert at_once.observed.keys() == one_by_one.observed.keys()
     joined = [each for each in reports if each.replica not in fleet.assigned]

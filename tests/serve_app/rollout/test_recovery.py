@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from serve_app.rollout.events import Ticked
 from serve_app.rollout.machine import advance
-from serve_app.rollout.recovery import rebuilt, restored
+from serve_app.rollout.recovery import rebuilt, redeclared, restored
 from serve_app.rollout.state import Desired, Fleet, Observed, State
 from tests.serve_app.rollout.fleets import (
     NEW,
@@ -138,3 +138,24 @@ def test_a_rollout_after_it_goes_ahead_as_ever() -> None:
     fleet = advance(fleet_of(2), ask())
     again = later(rebuilt(documents(fleet), at=99), 100)
     assert rolled(advance(again, ask(OTHER)), OTHER).stable == OTHER
+
+
+# ---- a deploy with another adapter --------------------------------------------------------------
+
+
+def test_a_declared_adapter_is_stable_and_ends_what_runs() -> None:
+    before = after(fleet_of(2), load(), ask())
+    again = redeclared(before, Fleet(stable=OTHER, history=(OTHER,)), at=99)
+    assert (again.stable, again.history, again.rollout) == (OTHER, (OTHER,), None)
+    assert (again.loaded, again.rollouts) == ((TENANT,), 1)
+    [past] = again.past
+    assert (past.state, past.ended_at) == (State.SUPERSEDED, 99)
+    assert past.reason == "a deploy declared another adapter"
+
+
+def test_a_declared_adapter_keeps_what_the_fleet_remembers() -> None:
+    ended = rolled(advance(fleet_of(2), ask(key="mine")))
+    for before in (fleet_of(2), ended):
+        again = redeclared(before, Fleet(stable=OTHER), at=99)
+        assert (again.keys, len(again.past)) == (before.keys, before.rollouts)
+    assert again.past == (ended.rollout,)

@@ -11,7 +11,14 @@ from typing import Any, Literal
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from serve_app.controller.journal import Journal, JournalEntry
 from serve_app.rollout.analysis import Outcome
@@ -21,20 +28,21 @@ from serve_app.rollout.documents import Documents
 from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
 from serve_app.rollout.events import (
     AbortRequested,
-    Asked,
+    AnyUserRequest,
     Event,
-    Heard,
     Judged,
     Left,
     LoadRequested,
     PromoteRequested,
+    ReportBatch,
     Reported,
-    Requested,
+    StartRequested,
     Ticked,
     UnloadRequested,
 )
 from serve_app.rollout.machine import advance
 from serve_app.rollout.plan import CanaryStep, InFlight, OnFailure, Placement, Plan, Strategy
+from serve_app.rollout.precondition import Precondition
 from serve_app.rollout.recovery import rebuilt, restored
 from serve_app.rollout.state import Desired, Failure, Fleet, Observed, Pause, Rollout, State
 from tests.serve_app.rollout.fake_replica import FakeReplica
@@ -126,7 +134,7 @@ class WildFleet(RuleBasedStateMachine):
             self.feed(ask(before, history_limit=1000, at=self.now))
             self.every_replica_obeys()
             self.obey(self.replicas["r0"])
-        self.feed(Asked(plan=plan, target=NEW, at=self.now))
+        self.feed(StartRequested(plan=plan, target=NEW, at=self.now))
         for _ in range(rounds):
             self.every_replica_obeys()
         self.patient = patient
@@ -189,7 +197,8 @@ class WildFleet(RuleBasedStateMachine):
 
     def a_user_changes_tenants(self, event: LoadRequested | UnloadRequested, *, late: bool) -> None:
         before = self.fleet
-        event = replace(event, at=self.now, expected_generation=before.generation - late)
+        given = Precondition(expected_generation=before.generation - late)
+        event = replace(event, at=self.now, precondition=given)
         if late:
             with pytest.raises(GenerationMismatch):
                 advance(before, event)
@@ -238,7 +247,7 @@ class WildFleet(RuleBasedStateMachine):
         if living := self.living():
             some = {each % len(living) for each in which}
             reports = tuple(living[each].report(at=self.now) for each in sorted(some))
-            self.feed(Heard(reports=reports, at=self.now))
+            self.feed(ReportBatch(reports=reports, at=self.now))
 
     @rule()
     def nothing_goes_wrong_for_a_while(self) -> None:
@@ -264,7 +273,7 @@ class WildFleet(RuleBasedStateMachine):
     @precondition(lambda self: self.may_end)
     @rule(revision=st.sampled_from(TARGETS), plan=plans())
     def a_user_asks(self, revision: str, plan: Plan) -> None:
-        asked = Asked(plan=plan, target=revision, at=self.now)
+        asked = StartRequested(plan=plan, target=revision, at=self.now)
         if self.fleet.observed:
             self.feed(asked)
         else:
@@ -272,16 +281,17 @@ class WildFleet(RuleBasedStateMachine):
 
     @rule(what=st.sampled_from([pause, resume, retry, promote]), late=st.booleans())
     def a_user_steers(self, what: Any, late: bool) -> None:
-        event = what(at=self.now)
+        event = what(self.newest, at=self.now)
         if late:
-            event = replace(event, expected_generation=self.fleet.generation - 1)
+            given = Precondition(expected_generation=self.fleet.generation - 1)
+            event = replace(event, precondition=given)
             self.refused(event, by=GenerationMismatch)
             return
         self.may_be_refused(event)
 
     @rule()
     def a_user_promotes_every_step(self) -> None:
-        self.may_be_refused(promote(full=True, at=self.now))
+        self.may_be_refused(promote(self.newest, full=True, at=self.now))
 
     @precondition(lambda self: self.fleet.rollout is not None)
     @rule(outcome=st.sampled_from(Outcome))
@@ -298,11 +308,10 @@ class WildFleet(RuleBasedStateMachine):
     @precondition(lambda self: self.may_end)
     @rule()
     def a_user_aborts(self) -> None:
-        before = self.fleet
-        self.feed(abort(at=self.now))
-        if before.running is None:
-            assert self.fleet == before
+        if self.fleet.running is None:
+            self.refused(abort(self.newest, at=self.now))
             return
+        self.feed(abort(self.newest, at=self.now))
         assert self.fleet.running is None or self.fleet.running.state is State.ABORTING
 
     @rule(seconds=st.sampled_from([0.25, 6.0]))
@@ -386,15 +395,15 @@ class WildFleet(RuleBasedStateMachine):
             return
         if rollout.pause is Pause.FAILURE:
             again = rollout.attempt < 3
-            self.feed(retry(at=self.now) if again else abort(at=self.now))
+            self.feed((retry if again else abort)(rollout.id, at=self.now))
         elif rollout.pause is Pause.ASKED:
-            self.feed(resume(at=self.now))
+            self.feed(resume(rollout.id, at=self.now))
         elif rollout.pause is Pause.STEP:
-            self.feed(promote(at=self.now))
+            self.feed(promote(rollout.id, at=self.now))
         elif rollout.current is not None and rollout.begun:
             alone = canaries(len(self.fleet.observed), weight=rollout.current.weight) == 0
             if alone and rollout.plan.placement == "dedicated":
-                self.feed(promote(full=True, at=self.now))
+                self.feed(promote(rollout.id, full=True, at=self.now))
             elif rollout.plan.analysis is not None:
                 self.feed(judged(self.fleet, Outcome.PASS, at=self.now))
 
@@ -467,7 +476,7 @@ class WildFleet(RuleBasedStateMachine):
                 replica.lost = replica.lost and replica.name not in self.fleet.observed
 
     def check_joiners(self, event: Event, before: Fleet) -> None:
-        reports = event.reports if isinstance(event, Heard) else (event,)
+        reports = event.reports if isinstance(event, ReportBatch) else (event,)
         for report in reports:
             if isinstance(report, Reported) and report.replica not in before.assigned:
                 sent = self.fleet.assigned[report.replica]
@@ -601,6 +610,10 @@ class WildFleet(RuleBasedStateMachine):
     # ---- helpers ----------------------------------------------------------------------------
 
     @property
+    def newest(self) -> str:
+        return f"rollout-{self.fleet.rollouts}"
+
+    @property
     def may_end(self) -> bool:
         return not self.patient or self.fleet.running is None
 
@@ -610,13 +623,13 @@ class WildFleet(RuleBasedStateMachine):
             replica.work()
         self.feed(replica.report(at=self.now))
 
-    def refused(self, event: Requested, *, by: type[Exception] = IllegalEvent) -> None:
+    def refused(self, event: AnyUserRequest, *, by: type[Exception] = IllegalEvent) -> None:
         kept = copy.deepcopy(self.fleet)
         with pytest.raises(by):
             advance(self.fleet, event)
         assert self.fleet == kept
 
-    def may_be_refused(self, event: Requested) -> None:
+    def may_be_refused(self, event: AnyUserRequest) -> None:
         try:
             advance(self.fleet, event)
         except IllegalEvent:
@@ -669,13 +682,22 @@ class WildFleet(RuleBasedStateMachine):
         return {rollout.id: rollout for rollout in every}
 
 
-TestWildFleet: Any = WildFleet.TestCase
-TestWildFleet.settings = settings(
-    max_examples=200,
-    stateful_step_count=35,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-    # every run looks elsewhere; what it finds becomes an example above
-    database=None,
-    phases=[Phase.generate, Phase.shrink],
-)
+def searched(examples: int) -> settings:
+    return settings(
+        max_examples=examples,
+        stateful_step_count=35,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+        # every run is another one; a failure that is found becomes an example of its own
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+    )
+
+
+def test_the_invariants_hold_in_a_wild_fleet() -> None:
+    run_state_machine_as_test(WildFleet, settings=searched(60))
+
+
+@pytest.mark.slow
+def test_the_invariants_hold_in_many_wild_fleets() -> None:
+    run_state_machine_as_test(WildFleet, settings=searched(1000))
