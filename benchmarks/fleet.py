@@ -1,14 +1,14 @@
-"""What a rollout costs the controller, from ten replicas to ten thousand; how fast real ones are.
+"""The cost of a rollout for the controller, up to 10,000 replicas; the speed of real ones.
 
 ``python -m benchmarks.fleet [--json [PATH]] [--quick]``
 
-Simulated: the controller itself, with its journal and its store on this disk, and replicas that are
-reports and nothing else: each does at once what a document asks for. Counted is the CPU time of this
-process, so the stand-ins' own is in it. A canary of two steps on shared replicas, then the waves,
-a quarter of the fleet each. Real: Ray actors with a tiny model each, in the control lane of the
-application; `converge` is from the accepted request to the last acknowledgement, all at once.
+Simulated: the controller itself, with its journal and its store on this disk, and replicas that
+only report: each does at once what a document asks for. Counted is the CPU time of this process,
+that of the simulated replicas included. A canary of two steps on shared replicas, then the waves, a
+quarter of the fleet each. Real: Ray actors with a tiny model each, with the application's control
+loop; `converge` is from the accepted request to the last acknowledgement, all at once.
 
-Exit code 1 when an adapter was read or packed more often than once a rollout.
+Exit code 1 when an adapter was read or packed more than once in a rollout.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _counting(module: Any, name: str, counted: dict[str, int], what: str) -> Any
 
 
 class Decides:
-    """The controller in an actor of its own."""
+    """The controller in an actor."""
 
     async def __init__(self, state: str) -> None:  # type: ignore[misc]  # Ray awaits methods only
         self._controller = Controller(

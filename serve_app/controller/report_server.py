@@ -110,7 +110,7 @@ class ReportServer:
             answer.refused[key] = error
 
     def _sources(self, want: Desired) -> tuple[tuple[str, str], ...]:
-        """Where the adapters came from, for a controller that has lost its journal."""
+        """The sources of the adapters, for a controller that has lost its journal."""
         named = {key: self._desired_state.sources.get(key) for key in (want.stable, *want.loaded)}
         return tuple((key, source) for key, source in named.items() if source is not None)
 

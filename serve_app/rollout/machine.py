@@ -1,14 +1,13 @@
-"""The rollout machine: what happened goes in, what the fleet shall hold comes out.
+"""The rollout machine: events go in, the desired state of the fleet comes out.
 
 Theory of operation. `advance(fleet, event)` returns the next state; nothing else decides. It is
-pure: no ray, no clock, no thread, no random. The controller feeds events in, journals the new
-state, and only then lets replicas hear of it (`documents`).
+pure: no ray, no clock, no thread, no random. The controller feeds events in and journals the new
+state before a replica receives its part of it (`documents`).
 
-A rollout walks through `TABLE`. What users ask for is applied first (`requests`), then the machine
-settles: it applies the rule of the current state until nothing changes. A canary's steps (`canary`)
-come before the waves that move the whole fleet; a rolling rollout is one without steps. What is
-loaded beside the default has no states: replicas are told, whatever runs, and no rollout waits for
-it or ends with it.
+A rollout walks through `TABLE`. The event is applied first (`requests`, `canary.judge`), then the
+machine settles: it applies the rule of the current state until nothing changes. A canary's steps
+(`canary`) come before the waves that move the whole fleet; a rolling rollout has no steps. Loaded
+adapters have no states: they change at once, and no rollout waits for them or ends with them.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ def advance(fleet: Fleet, event: Event) -> Fleet:
     """The next state.
 
     Raises, changing nothing:
-        IllegalEvent: it cannot happen now.
-        GenerationMismatch: it was asked for by someone who did not know of the last decision.
+        IllegalEvent: the event is not possible now.
+        GenerationMismatch: a user expected another generation.
     """
     after = _settle(_apply(fleet, event), at=event.at)
     if _decision(after) != _decision(fleet):
@@ -49,12 +48,12 @@ def advance(fleet: Fleet, event: Event) -> Fleet:
 
 
 def silent(fleet: Fleet, *, at: float, after_s: float) -> list[str]:
-    """Replicas that did not report for more than `after_s` seconds."""
+    """Replicas without a report for more than `after_s` seconds."""
     return [r for r, seen in fleet.observed.items() if at - seen.seen_at > after_s]
 
 
 def _decision(fleet: Fleet) -> object:
-    """Everything that a replica could see; when it changes, the generation grows."""
+    """Everything that a document shows; if it changes, the generation grows."""
     rollout = fleet.running
     return (
         (fleet.stable, fleet.loaded, fleet.assigned, fleet.in_flight, fleet.rollouts),
@@ -84,7 +83,7 @@ def _apply(fleet: Fleet, event: Event) -> Fleet:
 
 def _take_reports(fleet: Fleet, reports: Sequence[Reported]) -> Fleet:
     seen = {report.replica: Observed(state=report.state, seen_at=report.at) for report in reports}
-    # a late joiner gets stable: what it has never held is proven on others first
+    # a late joiner gets stable: the target is proven on other replicas first
     joined = {replica: fleet.stable for replica in seen if replica not in fleet.assigned}
     return replace(
         fleet,
@@ -122,7 +121,7 @@ def _step(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
         case State.PROMOTING:
             limit = rollout.plan.history_limit
             fleet = replace(fleet, stable=rollout.target)
-            # what was stable already must not push out the revision to go back to
+            # the same revision twice would push an earlier one out of the history
             if fleet.history[-1:] != (rollout.target,):
                 history = (*fleet.history, rollout.target)
                 fleet = replace(fleet, history=history[-limit - 1 :])
@@ -151,7 +150,7 @@ def _convert(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
 
 def _abort(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
     alone, now = {*fleet.loaded, fleet.stable}, traffic(fleet)
-    # that it goes by the traffic of now shows that it has heard that this is taken back
+    # the current traffic split in its report shows that it knows of the abort
     if all_serve(fleet, fleet.stable) and all(
         seen.state is not None
         and seen.state.traffic == now
@@ -165,12 +164,12 @@ def _abort(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
             reason = f"{rollout.reason}; then {replica} could not go back: {failure.reason}"
             back = all_to_stable(fleet)
             return to(back, State.FAILED, event=Reported, at=at, reason=reason)
-    # whoever does not serve anyway goes back at once; the others in waves, like on the way there
+    # replicas that do not serve go back at once, the others in waves
     return send(fleet, rollout, fleet.stable, ready=set(fleet.observed), free=idle(fleet))
 
 
 def _failure(fleet: Fleet, rollout: Rollout) -> str | None:
-    # also of a shared canary; a loaded adapter that is not the target fails no rollout
+    # refused ones too: a shared canary is served besides the default
     for replica, observed in fleet.observed.items():
         for failure in observed.failures_of(rollout.target):
             if failure.generation >= rollout.since:

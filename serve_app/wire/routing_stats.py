@@ -16,7 +16,7 @@ _TRAFFIC = TypeAdapter(Traffic | None)
 def routing_stats(
     *, epoch: int, generation: int, serves: Sequence[str], traffic: Traffic | None
 ) -> dict[str, Any]:
-    """What a replica says for this router; Serve passes it on as it is."""
+    """The routing statistics of one replica, for every request router."""
     return {
         "decision": [epoch, generation],
         "serves": list(serves),
@@ -25,6 +25,7 @@ def routing_stats(
 
 
 def newest_traffic(replicas: Sequence[RunningReplica]) -> Traffic | None:
+    """The traffic split of the newest decision among the replicas."""
     said = [replica.routing_stats for replica in replicas if "decision" in replica.routing_stats]
     if not said:
         return None

@@ -136,7 +136,7 @@ class Hall:
         self.up = True
 
     async def replace(self, **changed: Any) -> Controller:
-        """A redeploy that starts the new controller beside the old one, which is returned."""
+        """A redeploy that starts the new controller before the old one ends, which is returned."""
         old = self.controller
         await self.start(**changed)
         return old

@@ -455,13 +455,13 @@ def test_a_probe_that_meets_a_timeout_of_its_own_says_so() -> None:
     bench = Bench(probes=[PROBE])
 
     async def impatient() -> dict[str, float]:
-        raise TimeoutError("nobody answers")
+        raise TimeoutError("no answer")
 
     bench.answer = impatient
 
     async def story() -> None:
         await bench.look(100.0)
-        assert (await bench.look(101.0)).verdict.why == "a.b:c: TimeoutError: nobody answers"
+        assert (await bench.look(101.0)).verdict.why == "a.b:c: TimeoutError: no answer"
 
     bench(story())
 
@@ -613,7 +613,7 @@ def test_an_answer_that_is_not_one_number_is_inconclusive_whatever_no_data_is(
 def test_a_prometheus_that_cannot_be_reached_is_inconclusive_and_the_rest_is_judged() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         if "ratio" in str(request.url):
-            raise httpx.ConnectError("nobody is there")
+            raise httpx.ConnectError("connection refused")
         return scalar("0.1")
 
     nowhere = Query(address="http://x:port", query="x", max=1)
@@ -626,7 +626,7 @@ def test_a_prometheus_that_cannot_be_reached_is_inconclusive_and_the_rest_is_jud
         found = (await bench.look(100.0)).verdict.measurements
         outcomes = [each.outcome for each in found]
         assert outcomes == ["pass", "inconclusive", "inconclusive", "pass"]
-        assert "nobody is there" in found[1].why
+        assert "connection refused" in found[1].why
 
     bench(story())
 

@@ -138,8 +138,8 @@ def test_a_canary_goes_step_by_step_until_it_is_stable(
             await until(lambda: weights(hall) == [10, 10, 10])
             held = [engine.default.name for engine in hall.engines.values()]
             assert sorted(held).count("alpha") == (1 if placement == "dedicated" else 0)
-            beside = [{"alpha"}] * 3 if placement == "shared" else [set()] * 3
-            assert hall.also_serves() == beside
+            others = [{"alpha"}] * 3 if placement == "shared" else [set()] * 3
+            assert hall.also_serves() == others
             await hall.controller.promote(running.id)
             assert (await hall.ended(running)).state == "succeeded"
             await until(lambda: weights(hall) == [None] * 3)

@@ -66,7 +66,7 @@ def written(state: Path) -> JournalEntry:
     return entry
 
 
-def test_a_fleet_that_nobody_has_acted_for_begins_with_the_base_model(tmp_path: Path) -> None:
+def test_a_new_fleet_begins_with_the_base_model(tmp_path: Path) -> None:
     async def story() -> None:
         state = await begun(tmp_path)
         assert (state.fleet.stable, state.fleet.epoch) == (BASE.key, 1)

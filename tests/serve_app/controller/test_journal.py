@@ -109,7 +109,9 @@ def test_what_replicas_hold_is_not_written(tmp_path: Path) -> None:
     assert again.fleet == replace(fleet, observed={})
 
 
-def test_a_journal_that_nobody_wrote_is_none_and_reading_it_makes_no_file(tmp_path: Path) -> None:
+def test_a_journal_that_was_never_written_is_none_and_reading_it_makes_no_file(
+    tmp_path: Path,
+) -> None:
     assert Journal(str(tmp_path / "deep" / "er")).read() is None
     assert list(tmp_path.iterdir()) == []
 
@@ -121,7 +123,7 @@ def test_a_path_with_or_without_a_slash_or_a_scheme_is_one_place(tmp_path: Path,
     assert Journal(str(tmp_path / "state")).read() == entry()
 
 
-def test_a_new_entry_replaces_the_old_one_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_new_entry_replaces_the_old_one_and_leaves_no_other_file(tmp_path: Path) -> None:
     journal = Journal(str(tmp_path))
     for stable in ("old", "new", "newer"):
         journal.write(entry(stable))
@@ -138,7 +140,7 @@ import resource, signal
 from serve_app.controller.journal import JournalEntry, Journal
 from serve_app.rollout.state import Fleet
 journal = Journal({str(tmp_path)!r})
-signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills whoever writes past the limit
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # a write past the limit kills the process
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 fleet = Fleet(stable="after", history=("x" * 100,) * 5000)
@@ -285,7 +287,7 @@ def test_an_epoch_that_was_claimed_but_not_yet_used_is_no_reason_to_stop(state_u
     assert journal.read() == entry(epoch=first)
 
 
-def test_what_nobody_can_read_is_put_aside_and_kept(state_uri: str) -> None:
+def test_an_unreadable_journal_is_put_aside_and_kept(state_uri: str) -> None:
     journal = Journal(state_uri)
     fs, path = fsspec.url_to_fs(journal.uri)
     fs.makedirs(path.rpartition("/")[0], exist_ok=True)

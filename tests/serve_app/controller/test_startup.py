@@ -321,7 +321,7 @@ def test_a_controller_finds_everything_again_in_a_bucket(
             with pytest.raises(Fenced):
                 await old.start_rollout({"adapter": "base"})
             names = fsspec.filesystem("s3").ls(f"{uri}/adapters", detail=False)
-            assert len(names) == 3, "adapters are kept beside the journal"
+            assert len(names) == 3, "adapters are kept next to the journal"
 
     with bucket(monkeypatch) as uri:
         tell(story(uri))

@@ -239,7 +239,7 @@ def done(replica: str, want: Desired, *, at: float = 11.0) -> Reported:
 
 
 def settled(fleet: Fleet, *, at: float = 11.0) -> Fleet:
-    """Every replica does at once what it was told, until nobody is told anything."""
+    """Every replica does at once what it was told, until no document asks for more."""
     for _ in range(6 * len(fleet.observed) + 12):
         fleet = obeyed(fleet, at=at)
     assert pending(fleet) == {}

@@ -89,7 +89,7 @@ def test_who_knows_of_another_decision_is_refused(event: AnyUserRequest, expecte
     assert (refused.value.expected, refused.value.actual) == (expected, fleet.generation)
 
 
-def test_who_knows_of_the_last_decision_is_heard() -> None:
+def test_who_knows_of_the_last_decision_is_accepted() -> None:
     fleet = running()
     given = Precondition(expected_generation=fleet.generation)
     fleet = advance(fleet, replace(pause(), precondition=given))
@@ -134,7 +134,7 @@ def test_what_is_remembered_of_keys_stays_small() -> None:
 def test_a_rollout_that_is_not_running_cannot_be_changed(event: AnyUserRequest) -> None:
     ended = rolled(advance(fleet_of(2), ask()))
     for fleet in (fleet_of(2), ended, advance(ended, ask(OTHER))):
-        with pytest.raises(IllegalEvent, match="to change rollout-1 .* it has ended"):
+        with pytest.raises(IllegalEvent, match=r"to change rollout-1 .* it has ended"):
             advance(fleet, event)
 
 
@@ -148,7 +148,7 @@ def test_an_abort_cannot_be_turned_around(event: AnyUserRequest) -> None:
 # ---- pause and resume ---------------------------------------------------------------------------
 
 
-def test_a_pause_sends_nobody_new_to_the_target_until_it_is_resumed() -> None:
+def test_a_pause_sends_no_further_replica_to_the_target_until_it_is_resumed() -> None:
     fleet = staged_everywhere(advance(fleet_of(3), ask()))
     fleet = after(fleet, pause(), said("r1", NEW))
     assert (state_of(fleet), of(fleet).reason) == (State.PAUSED, "paused")
@@ -272,7 +272,7 @@ def test_a_retry_measures_the_step_again_from_the_start() -> None:
 
 
 def test_what_has_not_failed_is_not_retried() -> None:
-    with pytest.raises(IllegalEvent, match="to retry .* rollout-1 is progressing"):
+    with pytest.raises(IllegalEvent, match=r"to retry .* rollout-1 is progressing"):
         advance(running(), retry())
     with pytest.raises(IllegalEvent, match="nothing has failed"):
         advance(advance(running(), pause()), retry())

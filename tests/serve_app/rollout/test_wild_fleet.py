@@ -147,9 +147,9 @@ class WildFleet(RuleBasedStateMachine):
         self.feed(self.replicas[name].report(at=self.now))
 
     @rule(which=some_replica)
-    def a_replica_hears(self, which: int) -> None:
+    def a_replica_receives_its_document(self, which: int) -> None:
         if replica := self.pick(which):
-            replica.hear(desired(self.fleet, replica.name))
+            replica.receive(desired(self.fleet, replica.name))
 
     @rule(which=some_replica)
     def a_replica_works(self, which: int) -> None:
@@ -178,7 +178,7 @@ class WildFleet(RuleBasedStateMachine):
             replica.fail()
 
     @rule(which=some_replica, revision=st.sampled_from(TENANTS))
-    def a_replica_cannot_serve_one_beside(self, which: int, revision: str) -> None:
+    def a_replica_cannot_serve_another_one(self, which: int, revision: str) -> None:
         if replica := self.pick(which):
             replica.cannot.add(revision)
 
@@ -211,7 +211,7 @@ class WildFleet(RuleBasedStateMachine):
         self.feed(event)
         now = self.fleet
         otherwise = replace(otherwise, loaded=now.loaded, generation=now.generation)
-        assert now == otherwise, "it moved somebody, or ended something"
+        assert now == otherwise, "it moved a replica, or ended something"
 
     @rule(which=some_replica)
     def a_report_is_under_way_for_long(self, which: int) -> None:
@@ -329,7 +329,7 @@ class WildFleet(RuleBasedStateMachine):
         assert (again.epoch, again.generation) > (before.epoch, before.generation)
         assert (again.rollout, again.stable) == (before.rollout, before.stable)
         assert again.loaded == before.loaded
-        for name in before.assigned:  # nobody is told anything else, the weights excepted
+        for name in before.assigned:  # the documents stay the same, except for the weights
             was, now = desired(before, name), desired(again, name)
             assert replace(now, epoch=was.epoch, traffic=was.traffic) == was
             assert (now.traffic is None) == (was.traffic is None)
@@ -348,7 +348,7 @@ class WildFleet(RuleBasedStateMachine):
             assert again.stable in {each.stable for each in documents.values()}
         assert again.assigned == {name: doc.hold for name, doc in documents.items()}
         assert again.running is None or again.running.state is State.ABORTING
-        # as the controller does: an epoch that nobody else has had
+        # as the controller does: an epoch that no other controller has had
         self.fleet = replace(again, epoch=max(again.epoch, self.fleet.epoch + 1))
         self.found = {doc.hold for doc in documents.values()}
         self.loaded = list(again.loaded)
@@ -363,7 +363,7 @@ class WildFleet(RuleBasedStateMachine):
     def everything_calms_down(self) -> None:
         """Liveness: nothing fails any more, so the fleet gets to where it shall be.
 
-        What cannot be served beside keeps nobody from it; that comes last.
+        A loaded adapter that cannot be served does not prevent that; it comes last.
         """
         self.mail.clear()
         if not self.living():
@@ -373,7 +373,7 @@ class WildFleet(RuleBasedStateMachine):
             self.now += 0.25
             self.every_replica_obeys()
             self.feed(Ticked(at=self.now))
-            self.somebody_decides()
+            self.a_user_decides()
             if self.fleet.running is None and all(
                 each.holds == self.fleet.stable and each.is_open for each in self.living()
             ):
@@ -388,7 +388,7 @@ class WildFleet(RuleBasedStateMachine):
         assert all(r.holds == self.fleet.stable and r.is_open for r in self.living())
         assert all({r.holds, *r.also_serves} >= set(self.loaded) for r in self.living())
 
-    def somebody_decides(self) -> None:
+    def a_user_decides(self) -> None:
         """What a rollout waits for that only a user or the analysis can give."""
         rollout = self.fleet.running
         if rollout is None or rollout.state is State.ABORTING:
@@ -425,14 +425,14 @@ class WildFleet(RuleBasedStateMachine):
     def what_is_loaded_is_served_by_all_of_them(self) -> None:
         fleet, now = self.fleet, traffic(self.fleet)
         assert list(fleet.loaded) == self.loaded
-        beside = list(self.loaded)
+        others = list(self.loaded)
         if now is not None and now.placement == "shared" and now.weight > 0:
-            beside += [] if now.canary in beside else [now.canary]
+            others += [] if now.canary in others else [now.canary]
         documents = Documents(fleet)
         for name in [*fleet.assigned, "a late joiner"]:
             want = documents.of(name)
             assert want.hold not in want.also_serves
-            assert list(want.also_serves) == [one for one in beside if one != want.hold]
+            assert list(want.also_serves) == [one for one in others if one != want.hold]
 
     @invariant()
     def no_request_gets_a_canary_that_it_shall_not_get(self) -> None:
@@ -502,7 +502,7 @@ class WildFleet(RuleBasedStateMachine):
         assert event.at >= since + left[0].hold
 
     def check_pause(self, before: Fleet) -> None:
-        """After a failure nobody new is sent to the target, nor behind the steps while paused."""
+        """After a failure no further replica goes to the target, nor behind the steps in a pause."""
         was, now = before.running, self.fleet.running
         if was is None or now is None or was.id != now.id or now.state is not State.PAUSED:
             return
@@ -555,7 +555,7 @@ class WildFleet(RuleBasedStateMachine):
             assert fleet.stable == before.stable
 
     def check_abort(self, before: Fleet) -> None:
-        """Once it is going back, nobody is sent anywhere but to stable; then nobody serves it."""
+        """Once it is going back, replicas are sent to stable only; then none serves it."""
         running = before.running
         ended = running and self.rollouts(self.fleet)[running.id].state is State.ABORTED
         if running and ended and running.target not in {self.fleet.stable, *self.loaded}:
@@ -605,7 +605,7 @@ class WildFleet(RuleBasedStateMachine):
         serving = [r for r in self.present() if r.is_open and self.settled(r)]
         known = [r for r in self.replicas.values() if r.name in self.fleet.observed]
         gone = [r for r in known if r.lost or not r.alive]
-        assert serving or gone or len(self.fleet.assigned) == 1, "nobody serves"
+        assert serving or gone or len(self.fleet.assigned) == 1, "no replica serves"
 
     # ---- helpers ----------------------------------------------------------------------------
 
@@ -618,7 +618,7 @@ class WildFleet(RuleBasedStateMachine):
         return not self.patient or self.fleet.running is None
 
     def obey(self, replica: FakeReplica) -> None:
-        replica.hear(desired(self.fleet, replica.name))
+        replica.receive(desired(self.fleet, replica.name))
         for _ in range(5):
             replica.work()
         self.feed(replica.report(at=self.now))
