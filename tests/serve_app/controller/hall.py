@@ -86,6 +86,7 @@ class Hall:
     def __init__(self, world: TinyWorld, state: Path | str, **settings: Any) -> None:
         self.world, self.state = world, state
         # one lane: these fleets drain, and the fake engine says when they have
+        self.settings_type: type[Settings] = Settings
         self.settings = Settings.model_validate({"poll_s": 0.2, "lanes": 1, **settings})
         self.load_timeout_s = 10.0
         self.grace_s = 300.0
@@ -119,7 +120,7 @@ class Hall:
         await self.kill()
 
     async def start(self, **changed: Any) -> None:
-        self.settings = Settings.model_validate({**self.settings.model_dump(), **changed})
+        self.settings = self.settings_type.model_validate(self.settings.model_dump() | changed)
         self.put = CountingPut()
         self.watched = WatchedJournal(str(self.state))
         controller = Controller(

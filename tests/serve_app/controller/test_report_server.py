@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hotswap_lib import BASE, Layout
 from serve_app.rollout.state import Desired, Failure
+from serve_app.settings import Settings
 from serve_app.wire.reports import Answer
 from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.controller.hall import (
@@ -96,13 +97,23 @@ def test_a_replica_that_failed_to_hold_stable_is_asked_again(
     tell(story())
 
 
+class Impatient(Settings):
+    """Replicas are given up after a fraction of a second."""
+
+    @property
+    def silence_s(self) -> float:
+        return 0.3
+
+
 def test_a_replica_that_is_silent_leaves_the_fleet(
     world: TinyWorld, layout: Layout, tmp_path: Path
 ) -> None:
     async def story() -> None:
-        async with Hall(world, tmp_path, poll_s=0.05) as hall:
+        hall = Hall(world, tmp_path, poll_s=0.05)
+        hall.settings_type = Impatient
+        async with hall:
             await introduced(hall, layout)
-            assert len((await hall.controller.fleet()).replicas) == 1
+            assert hall.journal()["assigned"] == {"r1": BASE.key}
             await hall.until_fleet(lambda fleet: not fleet.replicas)
             assert hall.journal()["assigned"] == {}
 

@@ -300,6 +300,7 @@ def test_a_journal_that_is_older_than_the_fleet_is_followed_in_a_newer_epoch(
     tell(story())
 
 
+@pytest.mark.slow
 def test_a_controller_finds_everything_again_in_a_bucket(
     world: TinyWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
