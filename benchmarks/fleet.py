@@ -1,14 +1,14 @@
-"""What a rollout costs the controller, from ten replicas to ten thousand; how fast real ones are.
+"""The cost of a rollout for the controller, up to 10,000 replicas; the speed of real ones.
 
 ``python -m benchmarks.fleet [--json [PATH]] [--quick]``
 
-Simulated: the controller itself, with its journal and its store on this disk, and replicas that are
-reports and nothing else: each has done at once what it was told. Counted is the CPU time of this
-process, so the stand-ins' own is in it. A canary of two steps on shared replicas, then the waves,
-a quarter of the fleet each. Real: Ray actors with a tiny model each, in the control lane of the
-application; `converge` is from the accepted request to the last acknowledgement, all at once.
+Simulated: the controller itself, with its journal and its store on this disk, and replicas that
+only report: each does at once what a document asks for. Counted is the CPU time of this process,
+that of the simulated replicas included. A canary of two steps on shared replicas, then the waves, a
+quarter of the fleet each. Real: Ray actors with a tiny model each, with the application's control
+loop; `converge` is from the accepted request to the last acknowledgement, all at once.
 
-Exit code 1 when an adapter was read or packed more often than once a rollout.
+Exit code 1 when an adapter was read or packed more than once in a rollout.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ from transformers import AutoModelForCausalLM
 from benchmarks.serving_figures import Figure
 from benchmarks.serving_world import SHAPE_TINY, random_adapters, random_model
 from hotswap_lib import Envelope, Layout, Revision, Slot, prepare
-from serve_app.controller import images
-from serve_app.controller import rollout_requests as steering
+from serve_app.controller import images, rollout_requests
 from serve_app.controller.deployment import Controller
+from serve_app.controller.images import AdapterStore
+from serve_app.controller.journal import Journal
+from serve_app.controller.probing import RayProbes
 from serve_app.engine.causal import CausalEngine
 from serve_app.replica.control_loop import ControlLoop
 from serve_app.rollout.plan import CanaryStep, Plan
@@ -143,7 +145,13 @@ async def _rolled(
         counted["puts"] += 1
         return object()
 
-    controller = Controller(Settings(poll_s=60), state_uri=state, put=put)
+    controller = Controller(
+        Settings(poll_s=60),
+        journal=Journal(state),
+        store=AdapterStore(state),
+        put=put,
+        probing=RayProbes("benchmark"),
+    )
     await controller.start()
     shadows = [Shadow(f"r{i}", slot.layout, slot.revision) for i in range(size)]
     tasks = [asyncio.create_task(shadow.run(controller)) for shadow in shadows]
@@ -151,7 +159,7 @@ async def _rolled(
         await asyncio.sleep(0.05)
     steps = (CanaryStep(weight=10), CanaryStep(weight=50))
     with (
-        _counting(steering, "load_adapter", counted, "reads"),
+        _counting(rollout_requests, "load_adapter", counted, "reads"),
         _counting(images, "pack", counted, "packs"),
     ):
         for adapter in adapters[:2]:
@@ -189,10 +197,15 @@ def _counting(module: Any, name: str, counted: dict[str, int], what: str) -> Any
 
 
 class Decides:
-    """The controller in an actor of its own."""
+    """The controller in an actor."""
 
     async def __init__(self, state: str) -> None:  # type: ignore[misc]  # Ray awaits methods only
-        self._controller = Controller(Settings(), state_uri=state)
+        self._controller = Controller(
+            Settings(),
+            journal=Journal(state),
+            store=AdapterStore(state),
+            probing=RayProbes("benchmark"),
+        )
 
     async def start(self) -> None:
         await self._controller.start()
@@ -221,7 +234,7 @@ class Decides:
 
 
 class Member:
-    """A replica's engine and control lane, and nobody who asks it anything."""
+    """A replica's engine and control loop, without requests."""
 
     async def start(self, name: str, model: str, controller: Any) -> None:
         torch.set_num_threads(1)

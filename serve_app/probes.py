@@ -1,8 +1,8 @@
-"""Probes: questions that a canary is asked before anybody relies on its answers.
+"""Probes: functions that test a canary before it gets more traffic.
 
 A plan names a function, `package.module:function`. It runs as a Ray task, with a client pinned to
 the canary, one pinned to stable, and the plan's options; it returns a number for each score. Two
-that need no code of yours are at the end.
+ready-made probes are at the end.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from serve_app.wire.text_score import TextScore
 ProbeFunction = Callable[..., Mapping[str, float]]
 _LOG_LIKELIHOOD = "serve_app.probes:log_likelihood"
 _AGREEMENT = "serve_app.probes:agreement"
-_AT_ONCE = 4  # of a probe's requests: they are guests among those of users
+_AT_ONCE = 4  # requests of one probe; users' requests come first
 
 
 class Client:
-    """One revision of the fleet, asked through Serve. `revision`: in full, or `name@digest8`.
+    """A client that is pinned to one revision. `revision`: in full, or `name@digest8`.
 
-    What it asks is not counted among the requests of users: there it would say something else of
-    the canary, which has few others, than of stable.
+    Its requests are not counted in the request statistics, where they would distort those of the
+    canary, which has few requests.
     """
 
     def __init__(self, app: str, revision: str, *, deployment: str = "Model") -> None:
@@ -38,24 +38,24 @@ class Client:
         self._handle = serve.get_deployment_handle(deployment, app)
 
     def chat(self, messages: Sequence[Mapping[str, str]], **parameters: Any) -> str:
-        """The text of an answer; greedy unless `parameters`, which are OpenAI's, say otherwise."""
+        """The text of a chat answer. `parameters` are OpenAI's; greedy by default."""
         request = {"temperature": 0.0, "messages": list(messages)} | parameters
         document = self._handle.chat.remote(request, self.revision, PROBE).result()
         return str(document["choices"][0]["message"]["content"])
 
     def complete(self, prompt: str, **parameters: Any) -> str:
-        """The same for a continuation."""
+        """The text of a completion. `parameters` as for `chat`."""
         request = {"temperature": 0.0, "prompt": prompt} | parameters
         document = self._handle.complete.remote(request, self.revision, PROBE).result()
         return str(document["choices"][0]["text"])
 
     def classify(self, text: str) -> str:
-        """The likeliest label of a text, of a model that classifies."""
+        """The most likely label of a text; for classification models."""
         document = self._handle.classify.remote({"input": text}, self.revision, PROBE).result()
         return str(document["data"][0]["label"])
 
     def score(self, texts: Sequence[str]) -> list[TextScore]:
-        """How likely the model finds each text, after its first token."""
+        """The log-likelihood of each text, given its first token."""
         found: list[TextScore] = []
         for first in range(0, len(texts), _AT_ONCE):
             some = list(texts[first : first + _AT_ONCE])
@@ -76,7 +76,7 @@ def resolve(function: str) -> ProbeFunction:
 
 
 def check(functions: Sequence[str]) -> None:
-    """Raises `ProbeInvalid` for the first one that is not there, where probes run."""
+    """Raises `ProbeInvalid` for the first function that does not exist; runs where probes run."""
     for function in functions:
         resolve(function)
 
@@ -84,19 +84,19 @@ def check(functions: Sequence[str]) -> None:
 def run(
     function: str, app: str, canary: str, stable: str, options: Mapping[str, Any]
 ) -> dict[str, float]:
-    """The scores of one run; what the Ray task does. Raises `ProbeInvalid`, and what it raises."""
+    """The scores of one run, in a Ray task. Raises `ProbeInvalid`, and what the function raises."""
     given = resolve(function)(Client(app, canary), Client(app, stable), **options)
     try:
         return {str(name): float(value) for name, value in given.items()}
     except (AttributeError, TypeError, ValueError) as error:
-        raise ProbeInvalid(function, f"returned no scores but {given!r:.100}") from error
+        raise ProbeInvalid(function, f"returned {given!r:.100} instead of scores") from error
 
 
 # ---- probes that are ready to use ------------------------------------------------------------
 
 
 def log_likelihood(canary: Client, stable: Client, *, file: str) -> dict[str, float]:
-    """How well both predict held-out text: mean log-probability of a token, natural logarithm.
+    """The mean log-probability (natural logarithm) of a token of held-out text.
 
     Args:
         file: any fsspec URI; one text a line.
@@ -112,7 +112,7 @@ def log_likelihood(canary: Client, stable: Client, *, file: str) -> dict[str, fl
 def agreement(
     canary: Client, stable: Client, *, file: str, max_tokens: int = 64
 ) -> dict[str, float]:
-    """How often both give the golden answer: greedy, the spaces around it aside.
+    """The share of golden answers that each revision gives; greedy, compared without outer spaces.
 
     Args:
         file: any fsspec URI; one JSON object a line: `answer`, and `prompt` (a text to continue) or
@@ -140,11 +140,11 @@ def agreement(
 
 
 def _lines(file: str, function: str) -> list[str]:
-    """Those that are not empty. Raises `ProbeInvalid` when none is."""
+    """The non-empty lines. Raises `ProbeInvalid` if there are none."""
     with fsspec.open(file, "rt", encoding="utf-8") as lines:
         found = [text for line in lines if (text := line.strip())]
     if not found:
-        raise ProbeInvalid(function, f"has nothing to ask: {file} is empty")
+        raise ProbeInvalid(function, f"has no cases: {file} is empty")
     return found
 
 

@@ -1,175 +1,138 @@
-"""Looks at a canary while its step is held, and tells the rollout machine what it saw.
+"""Runs the analysis of a canary step and sends the verdict to the rollout machine.
 
-Numbers come from three places: what the replicas counted (`serve_app.controller.canary_stats`), probes that run as
-Ray tasks, and Prometheus. What they mean is decided in `serve_app.controller.verdicts`, what follows from it in
-the machine.
+The numbers come from the replicas' request statistics (`canary_stats`), from probes (`probing`) and
+from Prometheus. `verdicts` decides what they mean, the machine what follows from that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import httpx
-import ray
-from ray.exceptions import RayTaskError
 
 from hotswap_lib import Revision
-from serve_app import probes
-from serve_app.controller import verdicts as judge
+from serve_app.controller import verdicts
 from serve_app.controller.canary_stats import CanaryStats
+from serve_app.controller.probing import Probing
 from serve_app.rollout.analysis import Analysis, Measurement, Outcome, Probe, Query, Verdict
 from serve_app.rollout.events import Judged
 from serve_app.rollout.state import Fleet, Rollout, State
 
 logger = logging.getLogger(__name__)
-_FRESH_S = 1.0
+_REFRESH_S = 1.0
 _QUERY_S = 5.0
-# whatever is at the address, and whatever it says
+# any server may be at the address, and give any answer
 _NO_ANSWER = (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, IndexError)
 
 
-class Probing(Protocol):
-    """Runs probe functions somewhere; in production as Ray tasks."""
-
-    async def check(self, functions: Sequence[str]) -> None:
-        """Raises `ProbeInvalid` for the first one that is not there."""
-        ...
-
-    async def run(
-        self, function: str, canary: str, stable: str, options: Mapping[str, Any]
-    ) -> dict[str, float]:
-        """Its scores. Raises what it raises."""
-        ...
-
-
-class RayProbes:
-    """Each probe in a task of its own, anywhere in the cluster, beside the replicas of `app`."""
-
-    def __init__(self, app: str) -> None:
-        self._app = app
-        self._check = ray.remote(num_cpus=0, max_retries=0)(probes.check)
-        self._run = ray.remote(num_cpus=0, max_retries=0)(probes.run)
-
-    async def check(self, functions: Sequence[str]) -> None:
-        await _result(self._check.remote(list(functions)))
-
-    async def run(
-        self, function: str, canary: str, stable: str, options: Mapping[str, Any]
-    ) -> dict[str, float]:
-        task = self._run.remote(function, self._app, canary, stable, dict(options))
-        try:
-            return await _result(task)  # type: ignore[no-any-return]
-        except asyncio.CancelledError:
-            ray.cancel(task, force=True)
-            raise
-
-
 class CanaryAnalysis:
-    """For one event loop. `fresh` has every replica report; `feed` takes an event to the machine.
+    """Analyses the current step each `interval`. For one event loop.
+
+    Args:
+        fleet: the machine's state now.
+        refresh: waits for a new report of every replica, for some seconds at most.
+        decide: takes an event to the machine.
 
     Attributes:
-        latest: what was seen last of the current step_id, also while nothing follows from it.
+        stats: the request statistics of the current step.
+        latest: the latest verdict on the current step, also if nothing followed from it.
     """
 
     def __init__(
         self,
-        step_id: CanaryStats,
+        stats: CanaryStats,
         *,
         fleet: Callable[[], Fleet],
-        fresh: Callable[[float], Awaitable[None]],
-        feed: Callable[[Judged], Awaitable[None]],
+        refresh: Callable[[float], Awaitable[None]],
+        decide: Callable[[Judged], Awaitable[None]],
         probing: Probing,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        self.stats = stats
         self.latest: Verdict | None = None
-        self._canary_stats = step_id
         self._fleet = fleet
-        self._fresh = fresh
-        self._feed = feed
+        self._refresh = refresh
+        self._decide = decide
         self._probing = probing
         self._transport = transport
-        self._looked_at = 0.0
-        self._look: asyncio.Task[None] | None = None
+        self._judged_at = 0.0
+        self._judging: asyncio.Task[None] | None = None
         self._probes: dict[int, asyncio.Task[list[Measurement]]] = {}
 
     def tick(self, *, at: float) -> None:
-        """Look, when it is time to; never waits."""
+        """Starts an analysis if one is due. Does not wait for it."""
         rollout = self._fleet().running
-        self._follow(rollout)
+        self._open_step(rollout)
         if rollout is None or (analysis := rollout.plan.analysis) is None:
             return
         if rollout.state not in (State.PROGRESSING, State.PAUSED) or rollout.placed_at is None:
             return
         until = rollout.hold_until
-        over = until is not None and self._looked_at < until <= at  # whatever the interval
-        due = at - self._looked_at >= analysis.interval or over
-        if due and (self._look is None or self._look.done()):
-            self._looked_at = at
-            self._look = asyncio.create_task(self._judge(rollout, analysis, at=at))
+        # at the end of the hold, even if the interval is longer
+        over = until is not None and self._judged_at < until <= at
+        due = at - self._judged_at >= analysis.interval or over
+        if due and (self._judging is None or self._judging.done()):
+            self._judged_at = at
+            self._judging = asyncio.create_task(self._judge(rollout, analysis, at=at))
 
     async def close(self) -> None:
-        tasks = [task for task in (self._look, *self._probes.values()) if task is not None]
+        tasks = [task for task in (self._judging, *self._probes.values()) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def verdict(self, rollout: Rollout, measurements: Sequence[Measurement], at: float) -> Verdict:
-        """Those measurements, with the share of the requests that the canary got."""
-        share, requests = self._canary_stats.share_of(rollout.target)
+        """The verdict, with the share of the requests that the canary really got."""
+        share, requests = self.stats.share_of(rollout.target)
         step = rollout.current
         return Verdict(
             step=rollout.step,
             weight=100.0 if step is None else step.weight,
-            outcome=judge.outcome(measurements),
+            outcome=verdicts.outcome(measurements),
             at=at,
             measurements=tuple(measurements),
             share=None if share is None else round(share, 2),
             requests=requests,
         )
 
-    def _follow(self, rollout: Rollout | None) -> None:
+    def _open_step(self, rollout: Rollout | None) -> None:
         step_id = rollout.step_id if rollout is not None and rollout.begun else None
-        if step_id == self._canary_stats.name:
+        if step_id == self.stats.step_id:
             return
-        self._canary_stats.open(step_id)
+        self.stats.open(step_id)
         self.latest = None
-        self._looked_at = 0.0
+        self._judged_at = 0.0
         for task in self._probes.values():
             task.cancel()
         self._probes = {}
 
     async def _judge(self, rollout: Rollout, analysis: Analysis, *, at: float) -> None:
         try:
-            await self._fresh(_FRESH_S)
-            canary, stable = (
-                self._canary_stats.of(name) for name in (rollout.target, rollout.previous)
-            )
-            found = await asyncio.to_thread(judge.checks, analysis, canary, stable)
-            if (
-                rollout.step_id != self._canary_stats.name
-            ):  # the probes of another one are none of this
-                return
+            await self._refresh(_REFRESH_S)
+            canary, stable = (self.stats.of(key) for key in (rollout.target, rollout.previous))
+            found = await asyncio.to_thread(verdicts.checks, analysis, canary, stable)
+            if rollout.step_id != self.stats.step_id:
+                return  # the step was left, and the probes belong to the next one
             found += self._probed(rollout, analysis)
             if analysis.queries:
-                answers = await self._queried(rollout, analysis)
-                found += answers
-        except Exception as error:  # whatever it is, it must not pass for a verdict
-            logger.exception("the analysis could not be done")
-            found = [judge.broken("analysis", str(error) or type(error).__name__)]
-        if rollout.step_id == self._canary_stats.name:
+                found = [*found, *await self._queried(rollout, analysis)]
+        except Exception as error:  # no error may count as a verdict
+            logger.exception("the analysis failed")
+            found = [verdicts.broken("analysis", str(error) or type(error).__name__)]
+        if rollout.step_id == self.stats.step_id:
             self.latest = self.verdict(rollout, found, at)
             try:
-                await self._feed(Judged(step_id=rollout.step_id, verdict=self.latest, at=at))
-            except Exception:  # there is another look
-                logger.exception("the verdict was not taken")
+                await self._decide(Judged(step_id=rollout.step_id, verdict=self.latest, at=at))
+            except Exception:  # there is another analysis after the interval
+                logger.exception("the verdict could not be decided on")
 
     # ---- probes -------------------------------------------------------------------------------
 
     def _probed(self, rollout: Rollout, analysis: Analysis) -> list[Measurement]:
-        """What each probe found in this step_id: once; again only if it could not be run."""
+        """The scores of each probe. It runs once in a step, and again only if it failed."""
         found: list[Measurement] = []
         for index, probe in enumerate(analysis.probes):
             task = self._probes.get(index)
@@ -177,11 +140,11 @@ class CanaryAnalysis:
                 task = asyncio.create_task(self._probe(rollout, probe))
                 self._probes[index] = task
             if not task.done():
-                found.append(judge.broken(probe.function, "is still running"))
+                found.append(verdicts.broken(probe.function, "is still running"))
                 continue
             result = task.result()
             found += result
-            if judge.outcome(result) is Outcome.INCONCLUSIVE:
+            if verdicts.outcome(result) is Outcome.INCONCLUSIVE:
                 del self._probes[index]
         return found
 
@@ -192,12 +155,12 @@ class CanaryAnalysis:
                 scores = await self._probing.run(
                     probe.function, rollout.target, rollout.previous, probe.options
                 )
-            return judge.scores(probe, scores)
+            return verdicts.scores(probe, scores)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             if limit.expired():
                 why = f"did not end within {probe.timeout:g} s"
-            return [judge.broken(probe.function, why)]
+            return [verdicts.broken(probe.function, why)]
 
     # ---- Prometheus ---------------------------------------------------------------------------
 
@@ -220,8 +183,8 @@ class CanaryAnalysis:
             response.raise_for_status()
             value = _number(response.json()["data"])
         except _NO_ANSWER as error:
-            return judge.broken(asked.query, f"{type(error).__name__}: {error}")
-        return judge.query(asked, value, no_data=analysis.no_data)
+            return verdicts.broken(asked.query, f"{type(error).__name__}: {error}")
+        return verdicts.query(asked, value, no_data=analysis.no_data)
 
 
 def _number(data: dict[str, Any]) -> float | None:
@@ -235,11 +198,3 @@ def _number(data: dict[str, Any]) -> float | None:
         result = result[0]["value"]
     value = float(result[1])
     return None if value != value else value  # NaN: a rate over nothing
-
-
-async def _result(task: Any) -> Any:
-    """What the task returns; what it raised, as it raised it."""
-    try:
-        return await task
-    except RayTaskError as error:
-        raise (error.cause or error) from None

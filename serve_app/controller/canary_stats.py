@@ -1,4 +1,4 @@
-"""The controller's sum of what the replicas counted in the current step_id."""
+"""Fleet-wide request statistics of the current canary step."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ from serve_app.wire.request_stats import RequestStats
 
 
 class CanaryStats:
-    """Tallies by replica, also of those that left since: what they answered was answered."""
+    """The latest statistics of each replica, also of replicas that have left since.
+
+    Attributes:
+        step_id: the canary step that they belong to; None: no canary runs.
+    """
 
     def __init__(self) -> None:
-        self.name: str | None = None
-        self._heard: dict[str, dict[str, RequestStats]] = {}
+        self.step_id: str | None = None
+        self._by_replica: dict[str, dict[str, RequestStats]] = {}
 
-    def open(self, name: str | None) -> None:
-        """Begin with nothing when this is another step_id."""
-        if name != self.name:
-            self.name, self._heard = name, {}
+    def open(self, step_id: str | None) -> None:
+        """Starts from zero if this is another step."""
+        if step_id != self.step_id:
+            self.step_id, self._by_replica = step_id, {}
 
-    def hear(self, report: Report) -> None:
-        """A replica's numbers so far; those of another step_id do not count."""
-        if report.step_id is not None and report.step_id == self.name:
-            self._heard[report.replica] = report.request_stats
+    def add(self, report: Report) -> None:
+        """Stores a replica's numbers so far. Those of another step are ignored."""
+        if report.step_id is not None and report.step_id == self.step_id:
+            self._by_replica[report.replica] = report.request_stats
 
     def of(self, revision: str) -> RequestStats:
-        heard = (
-            request_stats.get(revision, RequestStats()) for request_stats in self._heard.values()
-        )
-        return sum(heard, RequestStats())
+        """The sum over all replicas."""
+        every = (stats.get(revision, RequestStats()) for stats in self._by_replica.values())
+        return sum(every, RequestStats())
 
     def share_of(self, revision: str) -> tuple[float | None, int]:
-        """The percentage of the requests that named no revision, and how many those were."""
-        every = [
-            stats for request_stats in self._heard.values() for stats in request_stats.values()
-        ]
-        chosen = sum(stats.chosen for stats in every)
+        """The revision's percentage of the requests that named none, and their number."""
+        every = [one for stats in self._by_replica.values() for one in stats.values()]
+        chosen = sum(one.chosen for one in every)
         return (100 * self.of(revision).chosen / chosen if chosen else None), chosen

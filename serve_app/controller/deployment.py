@@ -1,8 +1,7 @@
-"""The controller: exactly one, it decides what the fleet holds.
+"""The RolloutController deployment: exactly one replica, which decides what the fleet holds.
 
-A Serve deployment with one replica, so Serve restarts it when it dies. What users ask of rollouts
-is in `serve_app.controller.rollout_requests`; `serve_app.controller.report_server` hears the replicas and answers them. It never calls
-a replica. A restarted controller reads the journal and waits to hear what the replicas hold.
+Serve restarts it when it dies; it then resumes from the journal and waits for reports. It never
+calls a replica. `Controller` puts the parts of this room together and delegates to them.
 """
 
 from __future__ import annotations
@@ -10,117 +9,174 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import replace
+from typing import Unpack
 
 import ray
 from ray import serve
 
-from hotswap_lib import BASE, Adapter, Revision, load_adapter
+from hotswap_lib import Layout
 from serve_app import logs
-from serve_app.controller.analysis import CanaryAnalysis, Probing, RayProbes
-from serve_app.controller.desired_state import known
+from serve_app.controller.analysis import CanaryAnalysis
+from serve_app.controller.canary_stats import CanaryStats
+from serve_app.controller.core import Core
 from serve_app.controller.fleet_view import fleet_view
-from serve_app.controller.images import Put
-from serve_app.controller.journal import JournalEntry, JournalUnreadable
+from serve_app.controller.images import AdapterStore, Put
+from serve_app.controller.journal import Journal
 from serve_app.controller.loaded_adapters import LoadedAdapters
-from serve_app.controller.report_server import GRACE_S, digests
+from serve_app.controller.probing import Probing, RayProbes
+from serve_app.controller.report_server import ReportServer
+from serve_app.controller.retention import GRACE_S
 from serve_app.controller.rollout_requests import RolloutRequests
+from serve_app.controller.startup import Startup
 from serve_app.controller.state_dir import default_state_uri
 from serve_app.controller.summary import log_summary_when_ready
-from serve_app.rollout.recovery import restored
-from serve_app.rollout.state import Fleet, State
-from serve_app.rollout.walk import to
+from serve_app.rollout.events import Ticked
+from serve_app.rollout.plan import Plan
+from serve_app.rollout.precondition import PreconditionArgs
 from serve_app.settings import Settings
-from serve_app.wire.admin import AdapterView, FleetView
-from serve_app.wire.errors import FleetNotReady
+from serve_app.wire.admin import AdapterView, FleetView, RolloutView
+from serve_app.wire.reports import Answer, Report
 
 logger = logging.getLogger(__name__)
 _LOAD_S = 60.0
+_TICK_S = 0.25
+_NO_STATE_URI = "the journal is on this node's disk and does not survive it: set state_uri"
 
 
-class Controller(RolloutRequests):
-    """The logic, apart from Ray Serve's wrapper below, so that tests can hold it in hand."""
+class Controller:
+    """The controller without Ray Serve. For one event loop.
+
+    Args:
+        journal, store: both below the same `state_uri`.
+        put: `ray.put`, or a fake.
+        load_timeout_s: how long a load waits for the replicas.
+        grace_s: how long a stored adapter outlives the last reference to it.
+    """
 
     def __init__(
         self,
         settings: Settings,
         *,
-        state_uri: str,
+        journal: Journal,
+        store: AdapterStore,
         put: Put = ray.put,
+        probing: Probing,
         load_timeout_s: float = _LOAD_S,
-        probing: Probing | None = None,
         grace_s: float = GRACE_S,
     ) -> None:
-        super().__init__(settings, state_uri=state_uri, put=put, grace_s=grace_s)
-        self._probing = probing or RayProbes("default")
-        self._canary_analysis = CanaryAnalysis(
-            self._canary_stats,
-            fleet=lambda: self._fleet,
-            fresh=self._fresh,
-            feed=self._feed,
-            probing=self._probing,
+        core = self._core = Core.build(
+            journal=journal, store=store, put=put, declared=settings.adapter, grace_s=grace_s
         )
-        self._warnings: list[str] = []
-        self._loaded_adapters = LoadedAdapters(
-            self._desired_state,
-            self._reports,
-            self._shelf,
-            feed=self._feed,
-            timeout_s=load_timeout_s,
+        self._settings = settings
+        self._analysis = CanaryAnalysis(
+            CanaryStats(),
+            fleet=lambda: core.desired_state.fleet,
+            refresh=core.refresh_reports,
+            decide=core.decisions.decide,
+            probing=probing,
         )
+        self._report_server = ReportServer(
+            core,
+            canary_stats=self._analysis.stats,
+            poll_s=settings.poll_s,
+            silence_s=settings.silence_s,
+        )
+        self._rollout_requests = RolloutRequests(
+            core, settings, analysis=self._analysis, probing=probing
+        )
+        self._loaded_adapters = LoadedAdapters(core, timeout_s=load_timeout_s)
+        self._startup = Startup(core, settings)
         self._ticker: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Resume from the journal, or begin with the declared adapter. Raises `AdapterRefused`."""
-        entry = await self._read()
-        # what may fail comes first: from its claim on, a controller takes the place of the other
-        declared = None if self._resumes(entry) else await self._declared()
-        before = 0 if entry is None else entry.fleet.epoch
-        epoch = await asyncio.to_thread(self._journal.claim, after=before)
-        entry = await self._read() or entry  # what the other one had decided until then
-        if entry is not None:
-            self._desired_state.sources = {**entry.sources, **self._desired_state.sources}
-            self._desired_state.decided = True
-            self._kept = digests(known(entry.fleet))
-        if entry is not None and self._resumes(entry):
-            fleet = restored(entry.fleet, at=time.time())
-            logger.info(f"resumed as epoch {epoch}, stable {Revision.parse(fleet.stable)}")
-        else:
-            fleet = declared or await self._declared()
-            if entry is not None:
-                fleet = _declared_over(entry.fleet, fleet, at=time.time())
-        await self._desired_state.write(replace(fleet, epoch=epoch))
+        """See `Startup.run`."""
+        await self._startup.run()
         self._ticker = asyncio.create_task(self._tick())
 
     async def close(self) -> None:
-        """Decide nothing any more; what is written is written."""
+        """Ends everything that acts by itself. Decisions so far are in the journal."""
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.wait([self._ticker])
-        await self._canary_analysis.close()
+        await self._analysis.close()
 
     def check_health(self) -> None:
-        """Serve replaces a controller that another one has replaced already."""
-        self._check_fenced()
+        """Raises `Fenced` when another controller has taken over; Serve then replaces this one."""
+        self._core.decisions.check_fenced()
 
-    # ---- users ------------------------------------------------------------------------------
+    # ---- replicas -----------------------------------------------------------------------------
+
+    async def join(self, replica: str, layout: Layout) -> None:
+        await self._report_server.join(replica, layout)
+
+    async def report(self, report: Report) -> Answer:
+        """See `ReportServer.report`."""
+        return await self._report_server.report(report)
+
+    async def leave(self, replica: str) -> None:
+        await self._report_server.leave(replica)
+
+    # ---- users --------------------------------------------------------------------------------
 
     async def fleet(self) -> FleetView:
-        self._check_fenced()
-        warnings = list(self._warnings)
+        """Raises `Fenced`."""
+        self._core.decisions.check_fenced()
+        warnings = [*self._startup.warnings]
         if self._settings.state_uri is None:
-            warnings.append(
-                "the journal is on this node's disk and does not survive it: set state_uri"
-            )
+            warnings.append(_NO_STATE_URI)
         return fleet_view(
-            self._fleet,
-            self._reports.last(),
-            journal_uri=self._journal.uri,
+            self._core.desired_state.fleet,
+            self._core.reports.last(),
+            journal_uri=self._core.journal.uri,
             warnings=warnings,
-            latest=self._canary_analysis.latest,
-            step_id=self._canary_stats,
+            latest=self._analysis.latest,
+            stats=self._analysis.stats,
             at=time.time(),
         )
+
+    async def start_rollout(
+        self, plan: Plan | dict[str, object], **given: Unpack[PreconditionArgs]
+    ) -> RolloutView:
+        """See `RolloutRequests.start`."""
+        return await self._rollout_requests.start(Plan.model_validate(plan), **given)
+
+    async def undo(
+        self, *, to: str | None = None, **given: Unpack[PreconditionArgs]
+    ) -> RolloutView:
+        """See `RolloutRequests.undo`."""
+        return await self._rollout_requests.undo(to=to, **given)
+
+    async def abort(
+        self, id: str, reason: str = "aborted by request", **given: Unpack[PreconditionArgs]
+    ) -> RolloutView:
+        """See `RolloutRequests.abort`."""
+        return await self._rollout_requests.abort(id, reason, **given)
+
+    async def promote(
+        self, id: str, *, full: bool = False, **given: Unpack[PreconditionArgs]
+    ) -> RolloutView:
+        """See `RolloutRequests.promote`."""
+        return await self._rollout_requests.promote(id, full=full, **given)
+
+    async def pause(self, id: str, **given: Unpack[PreconditionArgs]) -> RolloutView:
+        """See `RolloutRequests.pause`."""
+        return await self._rollout_requests.pause(id, **given)
+
+    async def resume(self, id: str, **given: Unpack[PreconditionArgs]) -> RolloutView:
+        """See `RolloutRequests.resume`."""
+        return await self._rollout_requests.resume(id, **given)
+
+    async def retry(self, id: str, **given: Unpack[PreconditionArgs]) -> RolloutView:
+        """See `RolloutRequests.retry`."""
+        return await self._rollout_requests.retry(id, **given)
+
+    async def rollout(self, id: str) -> RolloutView:
+        """Raises `RolloutNotFound`."""
+        return await self._rollout_requests.rollout(id)
+
+    async def rollouts(self) -> list[RolloutView]:
+        """Newest first."""
+        return await self._rollout_requests.rollouts()
 
     async def load_adapter(
         self,
@@ -130,90 +186,37 @@ class Controller(RolloutRequests):
         load_inplace: bool = False,
         expected_generation: int | None = None,
     ) -> AdapterView:
-        """Serve an adapter beside the default; returns when every live replica does.
-
-        The content that is loaded under the name already is a success. `load_inplace` lets it
-        replace another content. `expected_generation`: the fleet's, as the caller saw it.
-
-        Raises, before anything has changed:
-            FleetNotReady: no replica is there to check the adapter for.
-            AdapterRefused: no replica could hold it, or the name cannot be one.
-            AdapterAlreadyLoaded: another content has that name.
-            GenerationMismatch: something was decided since.
-
-        Raises, after what was loaded under the name before is back:
-            AdapterLoadFailed: a replica cannot serve it.
-            AdapterLoadTimeout: some replicas did not serve it in time.
-        """
-        if not self._fleet.observed:
-            raise FleetNotReady
-        loading = self._loaded_adapters.load(
+        """See `LoadedAdapters.load`."""
+        return await self._loaded_adapters.load(
             name, path, load_inplace=load_inplace, expected_generation=expected_generation
         )
-        return await self._see_through(loading)
 
     async def unload_adapter(
         self, name: str, *, expected_generation: int | None = None
     ) -> AdapterView:
-        """Serve it by its name no longer; requests that run on it finish.
-
-        Raises:
-            AdapterNotLoaded: nothing is loaded under the name.
-            GenerationMismatch: something was decided since the caller looked.
-        """
-        unloading = self._loaded_adapters.unload(name, expected_generation=expected_generation)
-        return await self._see_through(unloading)
+        """See `LoadedAdapters.unload`."""
+        return await self._loaded_adapters.unload(name, expected_generation=expected_generation)
 
     async def adapters(self) -> list[AdapterView]:
-        """What is loaded beside the default, in the order in which it was loaded."""
-        self._check_fenced()
+        """The loaded adapters, in the order in which they were loaded."""
         return self._loaded_adapters.views()
 
-    # ---- inside -----------------------------------------------------------------------------
+    # ---- time ---------------------------------------------------------------------------------
 
-    async def _read(self) -> JournalEntry | None:
-        """The journal. One that cannot be read is put aside: the replicas know what they hold."""
-        try:
-            return await asyncio.to_thread(self._journal.read)
-        except JournalUnreadable as error:
-            aside = await asyncio.to_thread(self._journal.set_aside)
-            self._warnings.append(f"{error}; it is now at {aside}")
-            logger.warning(self._warnings[-1])
-            return None
+    async def _tick(self) -> None:
+        while not self._core.decisions.is_fenced:
+            await asyncio.sleep(_TICK_S)
+            try:
+                await self._advance(at=time.time())
+            except Exception as error:  # deadlines must go on when the journal is out of reach
+                logger.warning(f"could not decide, trying again: {error}")
 
-    def _resumes(self, entry: JournalEntry | None) -> bool:
-        """The declared adapter wins only when someone changed it since the journal was written."""
-        return entry is not None and entry.declared == self._settings.adapter
-
-    async def _declared(self) -> Fleet:
-        source = self._settings.adapter
-        if source is None or source == BASE.name:
-            return self._fleet
-        adapter: Adapter = await asyncio.to_thread(
-            load_adapter, source, name=self._settings.adapter_name
-        )
-        await asyncio.to_thread(self._store.keep, adapter)
-        stable = adapter.revision.key
-        self._desired_state.sources[stable] = source
-        return replace(self._fleet, stable=stable, history=(BASE.key, stable))
-
-    async def _look(self, *, at: float) -> None:
-        await super()._look(at=at)
-        self._canary_analysis.tick(at=at)
-
-
-def _declared_over(before: Fleet, declared: Fleet, *, at: float) -> Fleet:
-    """A deploy says what is stable now; not what else is loaded, nor what has been until now."""
-    if before.running is not None:
-        before = to(before, State.SUPERSEDED, at=at, reason="a deploy declared another adapter")
-    last = () if before.rollout is None else (before.rollout,)
-    return replace(
-        declared,
-        loaded=before.loaded,
-        rollouts=before.rollouts,
-        past=(*before.past, *last),
-        keys=before.keys,
-    )
+    async def _advance(self, *, at: float) -> None:
+        await self._report_server.drop_silent(at=at)
+        if self._core.desired_state.fleet.running is not None:
+            await self._core.decisions.decide(Ticked(at=at))
+        self._core.retention.tick(at=at)
+        self._analysis.tick(at=at)
 
 
 class RolloutController(Controller):
@@ -223,6 +226,8 @@ class RolloutController(Controller):
         logs.attach()
         app = serve.get_replica_context().app_name
         uri = settings.state_uri or default_state_uri(app)
-        super().__init__(settings, state_uri=uri, probing=RayProbes(app))
+        super().__init__(
+            settings, journal=Journal(uri), store=AdapterStore(uri), probing=RayProbes(app)
+        )
         await self.start()
         self._summary = asyncio.create_task(log_summary_when_ready(app, settings, self.fleet))

@@ -1,4 +1,4 @@
-"""From the machine's state and the last reports to what the admin surface shows."""
+"""The admin views of the fleet and its rollouts, from the machine's state and the last reports."""
 
 from __future__ import annotations
 
@@ -27,9 +27,14 @@ def rollout_view(
     rollout: Rollout,
     *,
     latest: Verdict | None = None,
-    step_id: CanaryStats | None = None,
+    stats: CanaryStats | None = None,
 ) -> RolloutView:
-    """Of the running one, `latest`: what the analysis saw last; `step_id`: who got what so far."""
+    """The view of one rollout.
+
+    Args:
+        latest: the latest verdict on the running rollout, even if nothing followed from it.
+        stats: the request statistics of its current canary step.
+    """
     done = progress(fleet, rollout)
     took_s = None if rollout.ended_at is None else rollout.ended_at - rollout.created_at
     return RolloutView(
@@ -42,7 +47,7 @@ def rollout_view(
         in_flight=rollout.plan.in_flight,
         state=rollout.state,
         reason=rollout.reason or None,
-        canary=_canary_view(fleet, rollout, latest, step_id),
+        canary=_canary_view(fleet, rollout, latest, stats),
         total=done.total,
         staged=done.staged,
         committed=done.committed,
@@ -53,14 +58,14 @@ def rollout_view(
 
 
 def _canary_view(
-    fleet: Fleet, rollout: Rollout, latest: Verdict | None, step_id: CanaryStats | None
+    fleet: Fleet, rollout: Rollout, latest: Verdict | None, stats: CanaryStats | None
 ) -> CanaryView | None:
     plan = rollout.plan
     if plan.strategy != "canary":
         return None
     running = fleet.running is rollout
     now = traffic(fleet) if running else None
-    share, requests = step_id.share_of(rollout.target) if step_id and running else (None, 0)
+    share, requests = stats.share_of(rollout.target) if stats and running else (None, 0)
     return CanaryView(
         placement=plan.placement or "shared",
         step=rollout.step,
@@ -95,8 +100,9 @@ def fleet_view(
     warnings: list[str],
     at: float,
     latest: Verdict | None = None,
-    step_id: CanaryStats | None = None,
+    stats: CanaryStats | None = None,
 ) -> FleetView:
+    """The view of the whole fleet at the time `at`, in seconds since the epoch."""
     return FleetView(
         ready=any(
             (seen.state is not None and seen.state.serving)
@@ -109,7 +115,7 @@ def fleet_view(
         loaded=[_short(name) for name in fleet.loaded],
         rollout=None
         if fleet.running is None
-        else rollout_view(fleet, fleet.running, latest=latest, step_id=step_id),
+        else rollout_view(fleet, fleet.running, latest=latest, stats=stats),
         replicas=[
             _replica_view(fleet, name, reports.get(name), at=at) for name in sorted(fleet.observed)
         ],
@@ -122,7 +128,7 @@ def fleet_view(
 def _replica_view(fleet: Fleet, name: str, report: Report | None, *, at: float) -> ReplicaView:
     observed = fleet.observed[name]
     assigned = _short(fleet.assigned.get(name, fleet.stable))
-    if report is None:  # expected back after a restart of the controller, not heard of yet
+    if report is None:  # no report since a restart of the controller
         return ReplicaView(
             id=name, revision=None, assigned=assigned, last_seen_s=at - observed.seen_at
         )

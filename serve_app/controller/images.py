@@ -1,6 +1,6 @@
-"""Images for the fleet: pack once, keep in Ray's object store, remember the adapter.
+"""Adapter images: each one packed once, shared through Ray's object store.
 
-The controller's side of "fetch". An accepted adapter is copied to `<state_uri>/adapters/<digest>`,
+An accepted adapter is copied to `<state_uri>/adapters/<digest>`,
 because a path or a Hub branch may hold something else tomorrow, while a revision may not: an undo
 or a late joiner packs from that copy, and its digest proves that it is the same adapter.
 """
@@ -37,10 +37,10 @@ class AdapterStore:
 
     def __init__(self, state_uri: str) -> None:
         self._root = f"{state_uri.rstrip('/')}/adapters"
-        self._busy = threading.Lock()  # an adapter may be wanted again while it is deleted
+        self._busy = threading.Lock()  # an adapter may be stored again while it is deleted
 
     def keep(self, adapter: Adapter) -> None:
-        """Write the adapter unless these bytes are kept already."""
+        """Stores the adapter unless these bytes are stored already."""
         folder = f"{self._root}/{adapter.revision.digest}"
         # an instance of its own: a transaction belongs to the instance, and threads share those
         fs, folder = fsspec.url_to_fs(folder, skip_instance_cache=True)
@@ -49,7 +49,7 @@ class AdapterStore:
             if fs.exists(weights):
                 return
             fs.makedirs(folder, exist_ok=True)
-            # the weights last: their presence says that the copy is whole
+            # the weights last: if they exist, the copy is complete
             with fs.transaction:
                 with fs.open(f"{folder}/adapter_config.json", "wb") as file:
                     file.write(json.dumps(dict(adapter.config), default=list).encode())
@@ -59,18 +59,19 @@ class AdapterStore:
     def drop(
         self, digests: Collection[str], *, unless: Callable[[], Collection[str]] = tuple
     ) -> None:
-        """Delete what is kept with these digests, except those that `unless` names by then."""
+        """Deletes the adapters with these digests, except those that `unless()` names by then."""
         for digest in digests:
             fs, folder = fsspec.url_to_fs(f"{self._root}/{digest}", skip_instance_cache=True)
             with self._busy:
                 if digest in unless():
                     continue
                 with suppress(FileNotFoundError):
-                    # the weights first: what is left of a copy must not look whole
+                    # the weights first: a partial copy must not look complete
                     fs.rm_file(f"{folder}/adapter_model.safetensors")
                     fs.rm(folder, recursive=True)
 
     def load(self, revision: Revision) -> Adapter:
+        """Raises `RevisionLost` if the content has changed, `AdapterRefused` if it is gone."""
         where = f"{self._root}/{revision.digest}"
         adapter = load_adapter(where, name=revision.name)
         if adapter.revision != revision:
@@ -79,7 +80,7 @@ class AdapterStore:
 
 
 class ImageShelf:
-    """Images by (revision, layout), each packed at most once and shared by reference."""
+    """Images by (revision, layout), each packed at most once. For one event loop."""
 
     def __init__(self, store: AdapterStore, *, put: Put = ray.put) -> None:
         self._store = store
@@ -94,9 +95,9 @@ class ImageShelf:
         return fingerprint in self._layouts
 
     async def accept(self, adapter: Adapter) -> Revision:
-        """Check the adapter against every layout of the fleet, keep it, and shelve its images.
+        """Packs the adapter for every layout of the fleet, and stores it.
 
-        Raises `AdapterRefused` and keeps nothing when one layout cannot hold it.
+        Raises `AdapterRefused`, storing nothing, when one layout cannot hold it.
         """
         images = [await asyncio.to_thread(pack, adapter, one) for one in self._layouts.values()]
         await asyncio.to_thread(self._store.keep, adapter)
@@ -105,7 +106,7 @@ class ImageShelf:
         return adapter.revision
 
     async def get(self, revision: Revision, fingerprint: str) -> ray.ObjectRef:
-        """The image's reference; packed from the kept copy when it is not on the shelf."""
+        """The image's reference; packed from the stored adapter if necessary."""
         task = self._shelf.get((revision.key, fingerprint))
         if task is None or (task.done() and (task.cancelled() or task.exception())):
             layout = self._layouts[fingerprint]
@@ -113,7 +114,7 @@ class ImageShelf:
         return await asyncio.shield(task)
 
     def keep_only(self, revisions: set[str]) -> None:
-        """Drop what no replica can be asked for any more; Ray frees it when nobody maps it."""
+        """Drops the other images; Ray frees them once no replica maps them."""
         self._shelf = {k: task for k, task in self._shelf.items() if k[0] in revisions}
 
     def _pack(self, revision: Revision, layout: Layout) -> AdapterImage:

@@ -1,13 +1,13 @@
-"""The journal: the controller's intent, written before anyone hears of it.
+"""The journal: every decision of the controller, written before a replica receives it.
 
 One small JSON document at `<state_uri>/journal.json`, replaced as a whole. Any fsspec URI works; on
 a local disk the replacement is a rename, in an object store a single put, so a reader sees the old
-document or the new one. What replicas hold is not in it: that is asked for again after a restart.
+document or the new one. The state of the replicas is not in it: they report it after a restart.
 
-An epoch belongs to whoever creates `<state_uri>/epochs/<number>`, which only one can. A controller
-that finds a later epoch than its own there has been replaced. It looks before it writes, and again
-afterwards, before anybody hears of what it wrote: whoever claims an epoch and then reads has read
-every decision that a replica can know of.
+An epoch belongs to the controller that creates `<state_uri>/epochs/<number>`, which only one can.
+A controller that finds a later epoch than its own there has been replaced. It looks before it
+writes, and again before a replica receives the decision. So a controller that claims an epoch and
+then reads the journal has read every decision that a replica can know of.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from serve_app.wire.errors import Fenced
 _FLEET = TypeAdapter(Fleet)
 _SOURCES = TypeAdapter(dict[str, str])
 _VERSION = 1
-_KEPT = 100  # numbers of epochs; a later one is enough to know that an earlier one is over
+_KEPT = 100  # epoch numbers; one later number is enough to end an earlier epoch
 
 
 class JournalUnreadable(Exception):
-    """The journal is there but cannot be understood; nothing was overwritten."""
+    """The journal exists but cannot be read; nothing was overwritten."""
 
     code = "journal_unreadable"
 
@@ -46,7 +46,12 @@ class JournalUnreadable(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JournalEntry:
-    """`declared`: the adapter in the settings of that deploy. `sources`: by revision."""
+    """The content of the journal.
+
+    Attributes:
+        declared: the adapter in the settings of that deploy.
+        sources: revision → the path, Hub id or URI that it was accepted from.
+    """
 
     fleet: Fleet
     declared: str | None
@@ -61,7 +66,7 @@ class Journal:
         # an instance of its own: a transaction belongs to the instance, and threads share those
         self._fs, self._path = fsspec.url_to_fs(self.uri, skip_instance_cache=True)
         self._epochs = f"{self._path.rpartition('/')[0]}/epochs"
-        self._mine: set[int] = set()  # claimed here: they are no reason to stop
+        self._mine: set[int] = set()  # claimed by this controller
 
     def read(self) -> JournalEntry | None:
         """The last entry, or None when none was written. Raises `JournalUnreadable`."""
@@ -82,34 +87,34 @@ class Journal:
             raise JournalUnreadable(self.uri, why) from error
 
     def epoch(self) -> int:
-        """The latest one that anybody has claimed; 0 when nobody has."""
+        """The latest epoch that was claimed; 0 if none was."""
         return max(self._claimed(), default=0)
 
     def claim(self, *, after: int) -> int:
-        """An epoch later than `after` and than every other one, which nobody else will ever get."""
+        """Claims an epoch that is later than `after` and than every epoch claimed so far."""
         self._fs.makedirs(self._epochs, exist_ok=True)
         taken = self._claimed()
         epoch = max([after, *taken]) + 1
         while not self._create(epoch):
             epoch += 1
         self._mine.add(epoch)
-        # not the last ones: whoever looked a moment ago would find their numbers free
+        # not the last ones: a concurrent claim would find their numbers free
         for old in sorted(taken)[:-_KEPT]:
             with suppress(FileNotFoundError):
                 self._fs.rm_file(f"{self._epochs}/{old}")
         return epoch
 
     def set_aside(self) -> str:
-        """Out of the way with a journal that nobody can read; returns where it is now."""
+        """Moves an unreadable journal away; returns its new path."""
         aside = f"{self._path}.unreadable-{time.time_ns()}"
         self._fs.mv(self._path, aside)
         return aside
 
     def write(self, entry: JournalEntry) -> None:
-        """Replace the entry. When this returns, a crash can no longer lose it.
+        """Replaces the entry. When this returns, a crash can no longer lose it.
 
-        Raises `Fenced` when another controller has claimed a later epoch; it may have read this
-        entry or the one before, so nobody may act on it.
+        Raises `Fenced` when another controller has claimed a later epoch. It may have read this
+        entry or the one before, so no replica may receive this one.
         """
         document = {
             "version": _VERSION,
@@ -125,7 +130,7 @@ class Journal:
         self.check(entry.fleet.epoch)
 
     def check(self, epoch: int) -> None:
-        """Raises `Fenced` when the latest epoch is later than this one, and another's."""
+        """Raises `Fenced` when another controller has claimed a later epoch than this one."""
         if (there := self.epoch()) > epoch and there not in self._mine:
             raise Fenced(epoch, there)
 
@@ -133,7 +138,7 @@ class Journal:
         self._fs.invalidate_cache()
         try:
             there = self._fs.ls(self._epochs, detail=False)
-        except FileNotFoundError:  # object stores know no empty folder
+        except FileNotFoundError:  # object stores have no empty folders
             return []
         names = (str(path).rstrip("/").rpartition("/")[2] for path in there)
         return [int(name) for name in names if name.isdigit()]
@@ -142,7 +147,7 @@ class Journal:
         path = f"{self._epochs}/{epoch}"
         try:
             if isinstance(self._fs, LocalFileSystem):
-                # its own `pipe_file` looks and then writes, which two can do at once
+                # its own `pipe_file` checks and then writes, which is not atomic
                 self._fs.open(path, "xb").close()
             else:
                 self._fs.pipe_file(path, b"", mode="create")

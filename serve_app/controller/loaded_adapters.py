@@ -1,7 +1,7 @@
-"""LoadedAdapters: adapters that the fleet serves beside its default, for requests that name them.
+"""Loaded adapters: every replica serves them for requests that name them.
 
-Behind the controller's methods in vLLM's terms. Loading is an intent like any other: decided,
-journaled, told to every replica; what is here waits for the replicas to have done it, and takes it
+Behind the controller's methods in vLLM's terms. A load is a decision like any other: journaled,
+then sent to every replica. These methods wait until the replicas have carried it out, and take it
 back when one of them cannot.
 """
 
@@ -9,95 +9,137 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from hotswap_lib import BASE, AdapterNameInvalid, Revision, load_adapter
-from serve_app.controller.desired_state import DesiredState
-from serve_app.controller.images import ImageShelf
-from serve_app.controller.open_reports import OpenReport, OpenReports
-from serve_app.rollout.events import Event, LoadRequested, UnloadRequested
+from serve_app.controller.core import Core
+from serve_app.controller.open_reports import OpenReport
+from serve_app.rollout.events import LoadRequested, UnloadRequested
+from serve_app.rollout.precondition import Precondition
 from serve_app.wire.admin import AdapterView
 from serve_app.wire.errors import (
     AdapterAlreadyLoaded,
     AdapterLoadFailed,
     AdapterLoadTimeout,
     AdapterNotLoaded,
+    FleetNotReady,
 )
 
 
 class LoadedAdapters:
-    """What is loaded, by name. `feed` takes an event to the machine, to the end."""
+    """For one event loop.
+
+    Args:
+        timeout_s: how long a load or an unload waits for the replicas.
+    """
 
     def __init__(
         self,
-        intent: DesiredState,
-        reports: OpenReports,
-        shelf: ImageShelf,
+        core: Core,
         *,
-        feed: Callable[[Event], Awaitable[None]],
         timeout_s: float,
     ) -> None:
-        self._desired_state = intent
-        self._reports = reports
-        self._shelf = shelf
-        self._feed = feed
+        self._desired_state = core.desired_state
+        self._decisions = core.decisions
+        self._reports = core.reports
+        self._shelf = core.shelf
+        self._tasks = core.tasks
         self._timeout_s = timeout_s
-        self._choosing = asyncio.Lock()  # from looking at what has a name to having decided on it
+        self._naming = asyncio.Lock()  # from the look-up of a name to the decision about it
 
     async def load(
-        self, name: str, path: str, *, load_inplace: bool, expected_generation: int | None
+        self,
+        name: str,
+        path: str,
+        *,
+        load_inplace: bool = False,
+        expected_generation: int | None = None,
     ) -> AdapterView:
-        """See `Controller.load_adapter`."""
+        """Loads an adapter; returns when every live replica serves it.
+
+        The content that is loaded under the name already is a success. `load_inplace` lets it
+        replace another content. It goes on if the caller is cancelled.
+
+        Raises, before anything has changed:
+            FleetNotReady: no replica has reported, so the adapter cannot be checked.
+            AdapterRefused: no replica could hold it, or the name is not allowed.
+            AdapterAlreadyLoaded: another content has that name.
+            GenerationMismatch: the fleet is at another generation than expected.
+
+        Raises, after the earlier content of the name is back:
+            AdapterLoadFailed: a replica cannot serve it.
+            AdapterLoadTimeout: some replicas did not serve it in time.
+        """
+        if not self._desired_state.fleet.observed:
+            raise FleetNotReady
+        given = Precondition(expected_generation=expected_generation)
+        return await self._tasks.complete(
+            self._load(name, path, load_inplace=load_inplace, precondition=given)
+        )
+
+    async def unload(self, name: str, *, expected_generation: int | None = None) -> AdapterView:
+        """Unloads an adapter; its running requests finish. Goes on if the caller is cancelled.
+
+        Raises:
+            AdapterNotLoaded: no adapter is loaded under the name.
+            GenerationMismatch: the fleet is at another generation than expected.
+        """
+        given = Precondition(expected_generation=expected_generation)
+        return await self._tasks.complete(self._unload(name, precondition=given))
+
+    def views(self) -> list[AdapterView]:
+        """In the order in which they were loaded. Raises `Fenced`."""
+        self._decisions.check_fenced()
+        return [self._view(revision) for revision in self._desired_state.fleet.loaded]
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    async def _load(
+        self, name: str, path: str, *, load_inplace: bool, precondition: Precondition
+    ) -> AdapterView:
         _check(name)
         adapter = await asyncio.to_thread(load_adapter, path, name=name)
         revision = (await self._shelf.accept(adapter)).key
-        async with self._choosing:
+        async with self._naming:
             before = self._named(name)
             came_from = self._desired_state.sources.get(before or "", "")
             if before not in (None, revision) and not load_inplace:
                 raise AdapterAlreadyLoaded(name, _short(str(before)), _short(revision))
             self._desired_state.sources[revision] = path
-            said_before = dict(self._reports.items())
-            await self._feed(
+            earlier = dict(self._reports.items())
+            await self._decisions.decide(
                 LoadRequested(
                     revision=revision,
                     instead_of=None if before == revision else before,
-                    expected_generation=expected_generation,
+                    precondition=precondition,
                     at=time.time(),
                 )
             )
             since = self._desired_state.fleet.generation
         try:
-            await self._until_served(revision, since=since, said_before=said_before)
+            await self._until_served(revision, since=since, earlier=earlier)
         except (AdapterLoadFailed, AdapterLoadTimeout):
-            if before != revision:  # else it was there before this call, and stays
+            if before != revision:  # else it was loaded before this call, and stays
                 await self._take_back(revision, before, came_from=came_from)
             raise
         return self._view(revision)
 
-    async def unload(self, name: str, *, expected_generation: int | None) -> AdapterView:
-        """See `Controller.unload_adapter`."""
-        async with self._choosing:
+    async def _unload(self, name: str, *, precondition: Precondition) -> AdapterView:
+        async with self._naming:
             revision = self._named(name)
             if revision is None:
                 raise AdapterNotLoaded(name)
             view = self._view(revision)
-            await self._feed(
-                UnloadRequested(
-                    revision=revision, expected_generation=expected_generation, at=time.time()
-                )
+            await self._decisions.decide(
+                UnloadRequested(revision=revision, precondition=precondition, at=time.time())
             )
-        with suppress(TimeoutError):  # who has not heard yet will; the intent is written down
+        with suppress(TimeoutError):  # it is journaled, so a late replica will drop it as well
             async with asyncio.timeout(self._timeout_s):
-                await self._reports.until(lambda: not self._still_named(revision))
+                await self._reports.until(lambda: not self._may_be_served(revision))
         ready = self._ready(revision)
         return view.model_copy(
             update={"generation": self._desired_state.fleet.generation, "ready": ready}
         )
-
-    def views(self) -> list[AdapterView]:
-        return [self._view(revision) for revision in self._desired_state.fleet.loaded]
 
     def _named(self, name: str) -> str | None:
         for revision in self._desired_state.fleet.loaded:
@@ -117,7 +159,7 @@ class LoadedAdapters:
         )
 
     def _ready(self, revision: str) -> int:
-        """How many said last that they serve it; some may have been told to drop it since."""
+        """The number of replicas that serve it, by their latest reports."""
         last = self._reports.last()
         return sum(
             revision in last[replica].state.served
@@ -128,10 +170,10 @@ class LoadedAdapters:
     # ---- waiting for replicas -----------------------------------------------------------------
 
     async def _until_served(
-        self, revision: str, *, since: int, said_before: dict[str, OpenReport]
+        self, revision: str, *, since: int, earlier: dict[str, OpenReport]
     ) -> None:
         def served() -> bool:
-            self._refuse_failed(revision, since=since, said_before=said_before)
+            self._raise_if_failed(revision, since=since, earlier=earlier)
             live = self._desired_state.fleet.observed.keys()
             return bool(live) and self._serving(revision) == live
 
@@ -142,38 +184,38 @@ class LoadedAdapters:
             waiting = sorted(self._desired_state.fleet.observed.keys() - self._serving(revision))
             raise AdapterLoadTimeout(_short(revision), tuple(waiting), self._timeout_s) from None
 
-    def _refuse_failed(
-        self, revision: str, *, since: int, said_before: dict[str, OpenReport]
+    def _raise_if_failed(
+        self, revision: str, *, since: int, earlier: dict[str, OpenReport]
     ) -> None:
         if revision not in self._desired_state.fleet.loaded:
             raise AdapterLoadFailed(_short(revision), "it was unloaded meanwhile")
-        for replica, line in self._reports.items():
-            if said_before.get(replica) is line:  # it was asked again since
+        for replica, opened in self._reports.items():
+            if earlier.get(replica) is opened:  # from before this load
                 continue
-            for failure in line.report.state.refused:
+            for failure in opened.report.state.refused:
                 if failure.revision == revision and failure.generation >= since:
                     why = f"replica {replica}: {failure.reason}"
                     raise AdapterLoadFailed(_short(revision), why)
 
     def _serving(self, revision: str) -> set[str]:
-        lines = self._reports.of(self._desired_state.fleet.observed)
-        return {replica for replica, line in lines.items() if line and line.serves(revision)}
+        reports = self._reports.of(self._desired_state.fleet.observed)
+        return {replica for replica, one in reports.items() if one and one.serves(revision)}
 
-    def _still_named(self, revision: str) -> bool:
+    def _may_be_served(self, revision: str) -> bool:
         if revision in self._desired_state.fleet.loaded:  # loaded again meanwhile
             return False
-        lines = self._reports.of(self._desired_state.fleet.observed)
-        return any(line is None or line.names(revision) for line in lines.values())
+        reports = self._reports.of(self._desired_state.fleet.observed)
+        return any(one is None or one.may_serve(revision) for one in reports.values())
 
     async def _take_back(self, revision: str, before: str | None, *, came_from: str) -> None:
-        async with self._choosing:
-            if revision not in self._desired_state.fleet.loaded:  # somebody else was faster
+        async with self._naming:
+            if revision not in self._desired_state.fleet.loaded:  # another request unloaded it
                 return
             if before is None:
-                await self._feed(UnloadRequested(revision=revision, at=time.time()))
+                await self._decisions.decide(UnloadRequested(revision=revision, at=time.time()))
             else:
                 self._desired_state.sources[before] = came_from
-                await self._feed(
+                await self._decisions.decide(
                     LoadRequested(revision=before, instead_of=revision, at=time.time())
                 )
 

@@ -1,49 +1,75 @@
-"""The controller's end of every control lane: who said what last, and the bell of an open report.
+"""The latest report of each replica, and the event that ends its pending long poll.
 
-Between the controller, which decides, and those who wait for replicas to have done something.
+Between the decisions and those who wait until replicas have carried one out.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 
 from serve_app.rollout.state import Desired
 from serve_app.wire.reports import Report
 
+# every field that changes something for a replica
+_ACTED_ON = attrgetter(
+    *(each.name for each in fields(Desired) if each.name not in ("generation", "sources"))
+)
+
 
 @dataclass(slots=True)
 class OpenReport:
-    """One replica's last report. `told`: what it heard since, so that the report is out of date."""
+    """The latest report of one replica.
+
+    Attributes:
+        answered: the document that it was answered with; from then on the report is out of date.
+        changed: set when the report has to be answered.
+    """
 
     report: Report
-    told: Desired | None = None
+    answered: Desired | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def serves(self, revision: str) -> bool:
-        """It said so, and was told nothing since that could have changed it."""
-        return self.told is None and revision in self.report.state.served
+        """Returns True if the replica serves the revision, and no newer document may change it."""
+        return self.answered is None and revision in self.report.state.served
 
-    def names(self, revision: str) -> bool:
-        """It may let requests in that name this revision, although it is not its default."""
-        return self.told is not None or revision in self.report.state.also_serves
+    def may_serve(self, revision: str) -> bool:
+        """Returns True if requests that name the revision may still be let in.
+
+        The default is not considered.
+        """
+        return self.answered is not None or revision in self.report.state.also_serves
+
+    def differs_from(self, want: Desired) -> bool:
+        """Returns True if the replica does not act on `want` yet.
+
+        A newer generation that changes nothing for this replica is no difference.
+        """
+        has = self.report.acting_on
+        return has is None or (
+            (has.epoch, has.generation) != (want.epoch, want.generation)
+            and _ACTED_ON(has) != _ACTED_ON(want)
+        )
 
 
 class OpenReports:
-    """Replica → its last report. For one event loop."""
+    """Replica → its latest report. For one event loop."""
 
     def __init__(self) -> None:
         self._reports: dict[str, OpenReport] = {}
-        self._heard = asyncio.Event()
+        self._changed = asyncio.Event()
 
     def open(self, report: Report) -> OpenReport:
-        """The newest report of a replica; it ends the older one."""
-        line = OpenReport(report)
-        if (older := self._reports.get(report.replica)) is not None:
-            older.changed.set()
-        self._reports[report.replica] = line
-        return line
+        """Store a report. The replica's earlier one is answered."""
+        opened = OpenReport(report)
+        if (earlier := self._reports.get(report.replica)) is not None:
+            earlier.changed.set()
+        self._reports[report.replica] = opened
+        return opened
 
     def close(self, replica: str) -> None:
         self._reports.pop(replica, None)
@@ -52,23 +78,35 @@ class OpenReports:
         return iter(self._reports.items())
 
     def last(self) -> dict[str, Report]:
-        return {name: line.report for name, line in self._reports.items()}
+        return {name: one.report for name, one in self._reports.items()}
 
     def of(self, replicas: Iterable[str]) -> dict[str, OpenReport | None]:
-        """Those replicas with what they said; None for one that was not heard of yet."""
+        """The latest report of each of these replicas; None for one without a report."""
         return {name: self._reports.get(name) for name in replicas}
 
-    def ring(self) -> None:
-        """Answer every open report, so that each replica reports again."""
-        for line in self._reports.values():
-            line.changed.set()
+    def answer_all(self) -> None:
+        """Answer every report, so that each replica reports again."""
+        for one in self._reports.values():
+            one.changed.set()
 
-    def wake(self) -> None:
-        """Something was heard or decided: whoever waits looks again."""
-        self._heard.set()
-        self._heard = asyncio.Event()
+    def notify(self) -> None:
+        """A report or a decision has come: `until` checks its condition again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until replicas have done what the condition looks for. Raises what it raises."""
+        """Wait until the condition holds. Raises what it raises."""
         while not condition():
-            await self._heard.wait()
+            await self._changed.wait()
+
+    async def refresh(self, replicas: Iterable[str], timeout_s: float) -> None:
+        """Wait for a new report of each of these replicas, but no longer than `timeout_s`."""
+        before = self.of(replicas)
+        self.answer_all()
+
+        def all_reported() -> bool:
+            return all(now is not before[name] for name, now in self.of(before).items())
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self.until(all_reported)

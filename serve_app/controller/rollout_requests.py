@@ -1,309 +1,228 @@
-"""What users ask of rollouts: start, promote, abort, pause, resume, retry, undo.
+"""User requests about rollouts: start, promote, abort, pause, resume, retry, undo.
 
-Between the handle's methods (`serve_app.controller.deployment`) and the machine: plans are completed with what
+Between the handle's methods (`deployment`) and the rollout machine. Plans are completed with what
 this fleet can do, adapters are checked, and a request that was made before is recognized by its
-key. Every refusal comes before anything has changed.
+idempotency key. Every refusal comes before anything has changed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from typing import Unpack
 
 from hotswap_lib import BASE, Revision, load_adapter
-from serve_app.controller.analysis import CanaryAnalysis, Probing
+from serve_app.controller import rollout_history as history
+from serve_app.controller.analysis import CanaryAnalysis
+from serve_app.controller.core import Core
 from serve_app.controller.fleet_view import rollout_view
-from serve_app.controller.report_server import ReportServer
+from serve_app.controller.probing import Probing
 from serve_app.rollout.errors import IllegalEvent
 from serve_app.rollout.events import (
     AbortRequested,
-    Asked,
+    AnyRolloutRequest,
     PauseRequested,
     PromoteRequested,
-    Requested,
     ResumeRequested,
     RetryRequested,
+    StartRequested,
 )
-from serve_app.rollout.plan import InFlight, Plan
+from serve_app.rollout.plan import Plan
+from serve_app.rollout.precondition import Precondition, PreconditionArgs
 from serve_app.rollout.state import Fleet, Rollout, State
 from serve_app.settings import Settings
 from serve_app.wire.admin import RolloutView
-from serve_app.wire.errors import (
-    FleetNotReady,
-    KeyReused,
-    NothingToUndo,
-    PlanImpossible,
-    RolloutNotFound,
-)
+from serve_app.wire.errors import FleetNotReady, KeyReused, PlanImpossible
 
 
-class RolloutRequests(ReportServer):
-    """A dispatch that users can talk to. For one event loop.
+class RolloutRequests:
+    """For one event loop.
 
-    `key`, wherever it is taken: the caller's own name for this request. The same request under it a
-    second time changes nothing. `expected_generation`: the fleet's, as the caller saw it; raises
-    `GenerationMismatch` when something was decided since.
+    Every method that changes something takes a precondition as keyword arguments, and raises
+    `GenerationMismatch` when the fleet is at another generation. An idempotency key belongs to one
+    verb of one rollout.
     """
 
-    _canary_analysis: CanaryAnalysis
-    _probing: Probing
-
-    async def start_rollout(
+    def __init__(
         self,
-        plan: Plan | dict[str, object],
+        core: Core,
+        settings: Settings,
         *,
-        expected_generation: int | None = None,
-        key: str | None = None,
-    ) -> RolloutView:
-        """Check plan and adapter, then begin.
+        analysis: CanaryAnalysis,
+        probing: Probing,
+    ) -> None:
+        self._settings = settings
+        self._desired_state = core.desired_state
+        self._decisions = core.decisions
+        self._reports = core.reports
+        self._shelf = core.shelf
+        self._analysis = analysis
+        self._probing = probing
+
+    async def start(self, plan: Plan, **given: Unpack[PreconditionArgs]) -> RolloutView:
+        """Checks plan and adapter, then starts a rollout.
 
         Raises, before anything has changed:
             PlanImpossible: this fleet cannot do what the plan says.
-            ProbeInvalid: a function that the plan names is not there.
-            FleetNotReady: no replica is there to check the adapter for.
+            ProbeInvalid: a function that the plan names does not exist.
+            FleetNotReady: no replica has reported, so the adapter cannot be checked.
             AdapterRefused: no replica could hold it.
-            GenerationMismatch: something was decided since `expected_generation`.
+            GenerationMismatch: the fleet is at another generation than expected.
             KeyReused: the key belongs to a rollout with another plan.
         """
-        plan = plan if isinstance(plan, Plan) else Plan.model_validate(plan)
-        plan = _resolved(plan, self._settings)
-        scoped = _scoped("start", key)
-        if (known := self._keyed(scoped)) is not None:
-            return self._same(known, plan, key)
-        if not self._fleet.observed:
+        plan, precondition = _resolved(plan, self._settings), Precondition(**given)
+        key = precondition.scoped("start").key
+        if (known := history.started_with(self._fleet(), key)) is not None:
+            return self._same(known, plan, precondition)
+        if not self._fleet().observed:
             raise FleetNotReady
-        if plan.placement == "dedicated" and len(self._fleet.observed) < 2:
+        if plan.placement == "dedicated" and len(self._fleet().observed) < 2:
             raise PlanImpossible("a dedicated canary needs two replicas, and the fleet has one")
         if plan.analysis is not None and plan.analysis.probes:
             await self._probing.check([probe.function for probe in plan.analysis.probes])
-        if plan.adapter == BASE.name:
-            return await self._begin(plan, BASE, expected_generation, scoped, key)
-        adapter = await asyncio.to_thread(load_adapter, plan.adapter, name=plan.name)
-        revision = await self._shelf.accept(adapter)
-        return await self._begin(plan, revision, expected_generation, scoped, key)
+        revision = BASE
+        if plan.adapter != BASE.name:
+            adapter = await asyncio.to_thread(load_adapter, plan.adapter, name=plan.name)
+            revision = await self._shelf.accept(adapter)
+        return await self._begin(plan, revision, "start", precondition)
 
     async def undo(
-        self,
-        *,
-        to: str | None = None,
-        expected_generation: int | None = None,
-        key: str | None = None,
+        self, *, to: str | None = None, **given: Unpack[PreconditionArgs]
     ) -> RolloutView:
-        """Abort what runs; else roll back to the stable revision before this one.
+        """Aborts the running rollout; else rolls back to the stable revision before this one.
 
-        `to`: the earlier revision to roll back to (`name`, `name@digest8` or in full), also over a
-        rollout that runs. Raises `NothingToUndo`, and what `start_rollout` raises.
+        `to`: the earlier revision to roll back to (`name`, `name@digest8` or in full), even if a
+        rollout runs. Raises `NothingToUndo`, and what `start` raises.
         """
-        scoped = _scoped("undo", key)
-        if (known := self._keyed(scoped)) is not None:
+        precondition = Precondition(**given)
+        known = history.started_with(self._fleet(), precondition.scoped("undo").key)
+        if known is not None:
             if to is not None and not Revision.parse(known.target).matches(to):
-                raise KeyReused(str(key))
+                raise KeyReused(str(precondition.key))
             return self._view(known)
-        for one in self._all():  # it was there to abort, and this key did that
-            if _scoped(f"undo {one.id}", key) in self._fleet.keys:
-                return self._view(one)
-        if to is None and (running := self._fleet.running) is not None:
-            return await self._abort(
-                running.id, "undone", expected_generation, _scoped(f"undo {running.id}", key)
-            )
-        revision = self._earlier(to)
-        await self._images_of(revision)  # refuse now, not on the replicas
+        for one in history.all_rollouts(self._fleet()):
+            if precondition.scoped(f"undo {one.id}").key in self._fleet().keys:
+                return self._view(one)  # the same undo has aborted it
+        if to is None and (running := self._fleet().running) is not None:
+            scoped = precondition.scoped(f"undo {running.id}")
+            return await self._abort(running.id, "undone", scoped)
+        revision = history.revision_to_undo_to(self._fleet(), to)
+        await self._pack(revision)  # a stored copy that is gone is refused here
         plan = Plan(
             adapter=self._desired_state.sources.get(revision.key, revision.name),
             name=revision.name or None,
-            in_flight=self._way_here(),
+            in_flight=history.undo_in_flight(self._fleet()),
         )
-        plan = _resolved(plan, self._settings)
-        return await self._begin(plan, revision, expected_generation, scoped, key)
+        return await self._begin(_resolved(plan, self._settings), revision, "undo", precondition)
 
     async def abort(
-        self,
-        id: str,
-        reason: str = "aborted by request",
-        *,
-        expected_generation: int | None = None,
-        key: str | None = None,
+        self, id: str, reason: str = "aborted by request", **given: Unpack[PreconditionArgs]
     ) -> RolloutView:
-        """Send every replica back to stable; does nothing when the rollout has ended."""
-        return await self._abort(id, reason, expected_generation, _scoped(f"abort {id}", key))
+        """Sends every replica back to stable; does nothing when the rollout has ended."""
+        return await self._abort(id, reason, Precondition(**given).scoped(f"abort {id}"))
 
     async def promote(
-        self,
-        id: str,
-        *,
-        full: bool = False,
-        expected_generation: int | None = None,
-        key: str | None = None,
+        self, id: str, *, full: bool = False, **given: Unpack[PreconditionArgs]
     ) -> RolloutView:
-        """Leave the step that it is in, whatever is measured; `full`: all that are left.
+        """Leaves the current step, whatever its analysis says; `full`: leaves all steps.
 
-        Raises `IllegalEvent` when there is none, or it is being taken back.
+        Raises `IllegalEvent` when there is none, or the rollout is aborting.
         """
-        asked = PromoteRequested(
-            full=full,
-            expected_generation=expected_generation,
-            key=_scoped(f"promote {id}", key),
-            at=time.time(),
-        )
-        return await self._ask(id, asked)
-
-    async def pause(
-        self, id: str, *, expected_generation: int | None = None, key: str | None = None
-    ) -> RolloutView:
-        """Stay in the step that it is in; nobody else is sent to the target. No deadline runs."""
-        scoped = _scoped(f"pause {id}", key)
-        return await self._ask(
-            id,
-            PauseRequested(expected_generation=expected_generation, key=scoped, at=time.time()),
+        scoped = Precondition(**given).scoped(f"promote {id}")
+        return await self._request(
+            PromoteRequested(id=id, full=full, precondition=scoped, at=time.time())
         )
 
-    async def resume(
-        self, id: str, *, expected_generation: int | None = None, key: str | None = None
-    ) -> RolloutView:
-        """Go on after `pause`."""
-        scoped = _scoped(f"resume {id}", key)
-        return await self._ask(
-            id,
-            ResumeRequested(expected_generation=expected_generation, key=scoped, at=time.time()),
-        )
+    async def pause(self, id: str, **given: Unpack[PreconditionArgs]) -> RolloutView:
+        """Stays in the current step and sends no further replica to the target.
 
-    async def retry(
-        self, id: str, *, expected_generation: int | None = None, key: str | None = None
-    ) -> RolloutView:
-        """Try again what failed: from its step when it is paused, from its start when it ended."""
-        rollout = self._find(id)
-        scoped = _scoped(f"retry {id}", key)
-        if (known := self._keyed(scoped)) is not None:
+        The progress deadline does not run meanwhile.
+        """
+        scoped = Precondition(**given).scoped(f"pause {id}")
+        return await self._request(PauseRequested(id=id, precondition=scoped, at=time.time()))
+
+    async def resume(self, id: str, **given: Unpack[PreconditionArgs]) -> RolloutView:
+        """Continues after `pause`."""
+        scoped = Precondition(**given).scoped(f"resume {id}")
+        return await self._request(ResumeRequested(id=id, precondition=scoped, at=time.time()))
+
+    async def retry(self, id: str, **given: Unpack[PreconditionArgs]) -> RolloutView:
+        """Repeats the step that failed; a rollout that has ended starts again as a new one."""
+        precondition = Precondition(**given)
+        rollout, scoped = history.find(self._fleet(), id), precondition.scoped(f"retry {id}")
+        if (known := history.started_with(self._fleet(), scoped.key)) is not None:
             return self._view(known)
-        if not rollout.ended or scoped in self._fleet.keys:
-            asked = RetryRequested(
-                expected_generation=expected_generation, key=scoped, at=time.time()
-            )
-            return await self._ask(id, asked)
+        if not rollout.ended or scoped.key in self._fleet().keys:
+            return await self._request(RetryRequested(id=id, precondition=scoped, at=time.time()))
         if rollout.state is State.SUCCEEDED:
-            raise IllegalEvent("a retry", f"{id} has succeeded")
+            raise IllegalEvent("to retry", f"{id} has succeeded")
         revision = Revision.parse(rollout.target)
-        await self._images_of(revision)
-        return await self._begin(rollout.plan, revision, expected_generation, scoped, key)
+        await self._pack(revision)
+        return await self._begin(rollout.plan, revision, f"retry {id}", precondition)
 
     async def rollout(self, id: str) -> RolloutView:
-        return self._view(self._find(id))
+        """Raises `RolloutNotFound`."""
+        return self._view(history.find(self._fleet(), id))
 
     async def rollouts(self) -> list[RolloutView]:
         """Newest first."""
-        return [self._view(one) for one in reversed(self._all())]
+        return [self._view(one) for one in reversed(history.all_rollouts(self._fleet()))]
 
     # ---- inside -----------------------------------------------------------------------------
 
+    def _fleet(self) -> Fleet:
+        """Raises `Fenced` if another controller has taken over and may know more."""
+        self._decisions.check_fenced()
+        return self._desired_state.fleet
+
     async def _begin(
-        self,
-        plan: Plan,
-        revision: Revision,
-        expected_generation: int | None,
-        scoped: str | None,
-        key: str | None,
+        self, plan: Plan, revision: Revision, request: str, precondition: Precondition
     ) -> RolloutView:
-        target = revision.key
-        self._desired_state.sources[target] = plan.adapter
-        if scoped in self._fleet.keys and self._keyed(scoped) is None:
-            raise KeyReused(str(key))  # so long ago that the rollout is forgotten
-        asked = Asked(
-            plan=plan,
-            target=target,
-            expected_generation=expected_generation,
-            key=scoped,
-            at=time.time(),
+        scoped = precondition.scoped(request)
+        self._desired_state.sources[revision.key] = plan.adapter
+        fleet = self._fleet()
+        if scoped.key in fleet.keys and history.started_with(fleet, scoped.key) is None:
+            raise KeyReused(str(precondition.key))  # its rollout is no longer remembered
+        await self._decisions.decide(
+            StartRequested(plan=plan, target=revision.key, precondition=scoped, at=time.time())
         )
-        await self._feed(asked)
-        if (known := self._keyed(scoped)) is not None:  # this one, or one that was faster
-            return self._same(known, plan, key)
-        assert self._fleet.rollout is not None
-        return self._view(self._fleet.rollout)
+        if (known := history.started_with(self._fleet(), scoped.key)) is not None:
+            return self._same(known, plan, precondition)  # this one, or one that was faster
+        rollout = self._fleet().rollout
+        assert rollout is not None
+        return self._view(rollout)
 
-    async def _abort(
-        self, id: str, reason: str, expected_generation: int | None, scoped: str | None
-    ) -> RolloutView:
-        if self._find(id).ended:
+    async def _abort(self, id: str, reason: str, scoped: Precondition) -> RolloutView:
+        if history.find(self._fleet(), id).ended:
             return await self.rollout(id)
-        asked = AbortRequested(
-            reason=reason, expected_generation=expected_generation, key=scoped, at=time.time()
+        return await self._request(
+            AbortRequested(id=id, reason=reason, precondition=scoped, at=time.time())
         )
-        return await self._ask(id, asked)
 
-    async def _ask(self, id: str, asked: Requested) -> RolloutView:
-        """Raises `IllegalEvent` when that rollout is not the running one."""
-        self._find(id)
-        await self._feed(asked, check=_still_running(id, asked))
-        return await self.rollout(id)
+    async def _request(self, request: AnyRolloutRequest) -> RolloutView:
+        """Raises `RolloutNotFound`, and `IllegalEvent` if it is not the running rollout."""
+        history.find(self._fleet(), request.id)
+        await self._decisions.decide(request)
+        return await self.rollout(request.id)
 
-    def _keyed(self, scoped: str | None) -> Rollout | None:
-        """The rollout that a request with this key began."""
-        return next((one for one in self._all() if scoped is not None and one.key == scoped), None)
-
-    def _same(self, known: Rollout, plan: Plan, key: str | None) -> RolloutView:
+    def _same(self, known: Rollout, plan: Plan, precondition: Precondition) -> RolloutView:
         if known.plan != plan:
-            raise KeyReused(str(key))
+            raise KeyReused(str(precondition.key))
         return self._view(known)
 
-    def _earlier(self, to: str | None) -> Revision:
-        earlier = [
-            Revision.parse(name) for name in self._fleet.history if name != self._fleet.stable
-        ]
-        for revision in reversed(earlier):
-            if to is None or revision.matches(to):
-                return revision
-        raise NothingToUndo(to)
-
-    async def _images_of(self, revision: Revision) -> None:
+    async def _pack(self, revision: Revision) -> None:
+        """Raises `RevisionLost` when the stored adapter is gone or has changed."""
         for fingerprint in {report.layout for report in self._reports.last().values()}:
             await self._shelf.get(revision, fingerprint)
 
     def _view(self, rollout: Rollout) -> RolloutView:
-        return rollout_view(
-            self._fleet, rollout, latest=self._canary_analysis.latest, step_id=self._canary_stats
-        )
-
-    def _way_here(self) -> InFlight | None:
-        """The policy of the rollout that an undo takes back; None: whatever the fleet can."""
-        for rollout in reversed(self._all()):
-            if rollout.state is State.SUCCEEDED:
-                return "drain" if rollout.plan.in_flight == "drain" else None
-        return None
-
-    def _all(self) -> list[Rollout]:
-        """What was asked for, oldest first. Raises `Fenced` where somebody else knows more."""
-        self._check_fenced()
-        last = self._fleet.rollout
-        return [*self._fleet.past, *([] if last is None else [last])]
-
-    def _find(self, id: str) -> Rollout:
-        for one in self._all():
-            if one.id == id:
-                return one
-        raise RolloutNotFound(id)
-
-
-def _still_running(id: str, asked: Requested) -> Callable[[Fleet], None]:
-    """For when the request's turn has come: what was decided until then may have ended it."""
-
-    def check(fleet: Fleet) -> None:
-        running = fleet.running
-        seen = asked.key is not None and asked.key in fleet.keys
-        if not seen and (running is None or running.id != id):
-            raise IllegalEvent(f"to change {id}", "it has ended")
-
-    return check
-
-
-def _scoped(what: str, key: str | None) -> str | None:
-    """A key names one request: the same one for another verb or rollout is another request."""
-    return None if key is None else f"{what} {key}"
+        fleet, analysis = self._desired_state.fleet, self._analysis
+        return rollout_view(fleet, rollout, latest=analysis.latest, stats=analysis.stats)
 
 
 def _resolved(plan: Plan, settings: Settings) -> Plan:
-    """With what this fleet makes of the fields that were left open. Raises `PlanImpossible`."""
-    # what does not generate keeps nothing of a request between two steps
+    """The plan with the fleet's defaults for open fields. Raises `PlanImpossible`."""
+    # an encoder keeps nothing of a request between two steps
     both = settings.task in ("embed", "classify") or settings.lanes >= 2
     for field, value in (("in_flight", "overlap"), ("placement", "shared")):
         if getattr(plan, field) == value and not both:

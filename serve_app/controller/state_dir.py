@@ -1,7 +1,7 @@
-"""Where the journal lives when nobody said: the folder of this Ray session.
+"""The default `state_uri`: a folder of this Ray session.
 
-It outlives a controller, a replica and a redeploy, and ends with the cluster, so a new cluster does
-not resume what an old one held. It does not survive the node; `status` says so.
+It outlives a controller, a replica and a redeploy, and ends with the cluster, so that a new cluster
+does not resume an old one's state. It is lost with the head node; `hotswap status` warns of that.
 """
 
 from __future__ import annotations

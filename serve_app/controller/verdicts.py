@@ -1,7 +1,6 @@
-"""Numbers in, verdict out: what a canary's requests say about it.
+"""The measurements of a canary step: pass, fail or inconclusive, with the reason.
 
-Pure. `serve_app.controller.analysis` brings the numbers: request_stats that the replicas counted, scores of probes,
-answers of Prometheus.
+Pure. `analysis` brings the numbers: request statistics, scores of probes, answers of Prometheus.
 """
 
 from __future__ import annotations
@@ -27,7 +26,11 @@ _UNITS = {"latency": " s", "time_to_first_token": " s", "tokens_per_second": " t
 
 
 class _Worse(NamedTuple):
-    """How likely chance alone makes ours look this much worse, and how often ours is the worse."""
+    """Evidence that the canary is worse than stable.
+
+    `p`: the one-sided p-value. `effect`: the probability that a request on the canary is worse than
+    one on stable; ties count half.
+    """
 
     p: float
     effect: float
@@ -65,14 +68,14 @@ def scores(probe: Probe, given: Mapping[str, float]) -> list[Measurement]:
 
 
 def query(asked: Query, value: float | None, *, no_data: NoData) -> Measurement:
-    """What Prometheus said; None: nothing."""
+    """The measurement of a Prometheus query. `value` None: it has no value."""
     if value is None:
         return _nothing(asked.query, "Prometheus has no value for it", no_data)
     return _limited(asked.query, value, asked)
 
 
 def broken(name: str, why: str) -> Measurement:
-    """What was to be looked at could not be: that is no word about the canary."""
+    """The measurement failed: inconclusive, not a failure of the canary."""
     return Measurement(name=name, outcome=Outcome.INCONCLUSIVE, why=f"{name}: {why}")
 
 
@@ -136,7 +139,7 @@ def _figure(check: Check, stats: RequestStats) -> float:
 def _worse(check: Check, canary: RequestStats, stable: RequestStats) -> _Worse:
     if check.metric == "error_rate":
         return _worse_share(canary.errors, canary.requests, stable.errors, stable.requests)
-    from scipy.stats import mannwhitneyu  # a second to import: for whoever compares
+    from scipy.stats import mannwhitneyu  # takes a second to import
 
     ours, theirs = _values(check, canary), _values(check, stable)
     larger_is_better = check.metric in _BETTER_LARGE
@@ -146,14 +149,17 @@ def _worse(check: Check, canary: RequestStats, stable: RequestStats) -> _Worse:
 
 
 def _worse_share(bad: int, of: int, their_bad: int, of_theirs: int) -> _Worse:
-    """The same test for ones and zeros, from their numbers: there may be millions of them.
+    """The same test for error rates, from the four counts of the 2x2 table.
 
-    With the normal approximation, corrected for ties and continuity, as scipy has it.
+    By hand: `scipy.stats.mannwhitneyu` takes every single value, of which there may be millions,
+    and its tests of a 2x2 table (`fisher_exact`, `barnard_exact`) give other p-values. The result
+    is that of `mannwhitneyu(..., method="asymptotic")`: normal approximation, corrected for ties
+    and continuity.
     """
-    everyone = of + of_theirs
-    good = everyone - bad - their_bad
-    ties = ((everyone - good) ** 3 + good**3 - everyone) / (everyone * (everyone - 1))
-    spread = math.sqrt(of * of_theirs / 12 * (everyone + 1 - ties))
+    total = of + of_theirs
+    good = total - bad - their_bad
+    ties = ((total - good) ** 3 + good**3 - total) / (total * (total - 1))
+    spread = math.sqrt(of * of_theirs / 12 * (total + 1 - ties))
     above = 0.5 + (bad / of - their_bad / of_theirs) / 2
     if not spread:  # all of them are the same
         return _Worse(1.0, above)

@@ -1,7 +1,7 @@
-"""What a canary is judged by: the part of a plan that says so, and the verdicts that come of it.
+"""The analysis of a canary: the part of a plan that defines it, and its verdicts.
 
-Beside `plan`. The judging itself needs numbers that only a live fleet has and is done elsewhere
-(`serve_app.controller.verdicts`); the machine takes its verdicts as events.
+The analysis itself needs numbers of a live fleet and is done in `serve_app.controller.analysis`.
+The machine receives its verdicts as events.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Part(BaseModel):
 
 
 class Limits(_Part):
-    """Both are still good."""
+    """Inclusive limits: a value that equals one of them is within."""
 
     min: float | None = None
     max: float | None = None
@@ -50,9 +50,9 @@ class Limits(_Part):
 class Comparison(_Part):
     """The canary against stable, over the same time: a one-sided Mann-Whitney test.
 
-    It fails the canary when being worse is significant (p below `alpha`) and matters (a request on
+    It fails the canary when the difference is significant (p below `alpha`) and large (a request on
     the canary is worse than one on stable with a probability of `effect` or more; 0.5 is no
-    difference). A step is looked at many times, so `alpha` is small.
+    difference). `alpha` is small, because a step is tested many times.
     """
 
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.001
@@ -63,7 +63,7 @@ class Check(Limits):
     """One figure of the requests that the canary answered in this step.
 
     `latency` and `time_to_first_token` are in seconds, `tokens_per_second` is of a single request,
-    `error_rate` is a share from 0 to 1. `quantile`: which one of them the limits are for.
+    `error_rate` is a share from 0 to 1. The limits apply to the `quantile`.
     """
 
     metric: Metric
@@ -71,16 +71,16 @@ class Check(Limits):
     versus_stable: Comparison | None = None
 
     @model_validator(mode="after")
-    def _says_something(self) -> Self:
+    def _has_a_limit(self) -> Self:
         if not self.given and self.versus_stable is None:
-            raise ValueError(f"{self.metric} needs a min, a max or versus_stable to be judged by")
+            raise ValueError(f"{self.metric} needs a min, a max or versus_stable")
         if self.metric == "error_rate" and self.quantile is not None:
             raise ValueError("error_rate is one number and has no quantile")
         return self
 
     @property
     def of(self) -> float | None:
-        """The quantile, or the usual one: 0.95, or the median of what is better when larger."""
+        """The quantile, or its default: 0.95; 0.5 for tokens per second; none for an error rate."""
         if self.metric == "error_rate" or self.quantile is not None:
             return self.quantile
         return 0.5 if self.metric == "tokens_per_second" else 0.95
@@ -90,7 +90,7 @@ class Probe(_Part):
     """A Python function, run as a Ray task: `def probe(canary, stable, **options) -> scores`.
 
     `canary` and `stable` are clients pinned to the two revisions (`serve_app.probes.Client`). It
-    returns a number for each score; those that `scores` names have to be within their limits.
+    returns a dict of numbers; each score that `scores` names has to be within its limits.
     """
 
     function: Annotated[str, Field(pattern=_FUNCTION, description="package.module:function")]
@@ -99,10 +99,10 @@ class Probe(_Part):
     timeout: Annotated[Duration, Field(gt=0, le=86_400)] = 60.0
 
     @model_validator(mode="after")
-    def _says_something(self) -> Self:
+    def _has_a_limit(self) -> Self:
         for name, limits in self.scores.items():
             if not limits.given:
-                raise ValueError(f"the score {name!r} needs a min or a max to be judged by")
+                raise ValueError(f"the score {name!r} needs a min or a max")
         return self
 
 
@@ -116,18 +116,18 @@ class Query(Limits):
     query: Annotated[str, Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _says_something(self) -> Self:
+    def _has_a_limit(self) -> Self:
         if not self.given:
-            raise ValueError("a query needs a min or a max to be judged by")
+            raise ValueError("a query needs a min or a max")
         return self
 
 
 class Analysis(_Part):
-    """All of it has to pass before a step is left; one failure is enough to fail it.
+    """The analysis of every step. All parts have to pass; the first failure fails the step.
 
-    `min_samples`: fewer requests than this, on either side of what is compared, are no data.
-    `no_data`: what a check without data comes to. Inconclusive: the step goes on until there is
-    data, or until the plan's `progress_deadline` is over.
+    `min_samples`: fewer requests than this, of either revision, are no data. `no_data`: the outcome
+    of a check without data. Inconclusive: the step goes on until there is data, or until the
+    plan's `progress_deadline` is over.
     """
 
     checks: tuple[Check, ...] = ()
@@ -138,7 +138,7 @@ class Analysis(_Part):
     no_data: NoData = "inconclusive"
 
     @model_validator(mode="after")
-    def _says_something(self) -> Self:
+    def _has_a_limit(self) -> Self:
         if not (self.checks or self.probes or self.queries):
             raise ValueError("an analysis needs at least one check, probe or query")
         return self
@@ -146,7 +146,7 @@ class Analysis(_Part):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One thing that was looked at. `why` is a sentence with its numbers."""
+    """The outcome of one check, probe score or query. `why` is a sentence with its numbers."""
 
     name: str
     outcome: Outcome
@@ -159,7 +159,14 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a step came to. `share`: of the requests that named no revision, in percent."""
+    """The outcome of a step.
+
+    Attributes:
+        step: index in the plan's steps.
+        weight: percent of the requests that the canary was to get.
+        share: percent that it got, of the `requests` that named no revision.
+        at: seconds since the epoch.
+    """
 
     step: int
     weight: float
@@ -171,5 +178,5 @@ class Verdict:
 
     @property
     def why(self) -> str:
-        """Those measurements that made it what it is."""
+        """The sentences of the measurements that have the verdict's outcome."""
         return "; ".join(each.why for each in self.measurements if each.outcome is self.outcome)

@@ -1,6 +1,6 @@
-"""Which replicas move next, and how many a dedicated canary needs.
+"""The next replicas to move, and the size of a dedicated canary.
 
-Used by the machine's `progressing` state. It looks at sets of replica names and nothing else.
+Used by the machine's `progressing` state. It knows only sets of replica names.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ def next_wave(
     max_unavailable: int,
     keep_one: bool,
 ) -> list[str]:
-    """The replicas to assign to `target` now, in name order; empty while a wave is under way.
+    """The replicas to assign to `target` now, in name order; empty while a wave is in progress.
 
-    `in_service`: replicas that serve what they are assigned. `broken`: replicas that serve nothing
-    as they are; moving them costs nothing, and so an unhealthy stable revision never blocks the
-    rollout that would fix it. `ready`: those that may go to `target`.
-    With `keep_one` at least one replica stays in service, unless the fleet is only one.
+    Args:
+        in_service: replicas that serve the revision that they are assigned.
+        broken: replicas that serve nothing. They move at once: no capacity is lost, and an
+            unhealthy stable revision never blocks the rollout that would fix it.
+        ready: replicas that may go to `target`.
+        keep_one: at least one replica stays in service, unless the fleet has only one.
     """
     waiting = sorted(r for r in ready if assigned.get(r) != target)
     free = [r for r in waiting if r in broken]
@@ -38,11 +40,11 @@ def next_wave(
 
 
 def canaries(replicas: int, *, weight: float) -> int:
-    """How many of the replicas carry `weight` percent; below 100 at least one stays with stable.
+    """The number of replicas that a dedicated canary of `weight` percent needs.
 
-    0 when there are too few for both.
+    Below 100 % at least one replica keeps stable. 0 if the fleet is too small for both.
     """
     if weight >= 100:
         return replicas
-    # a hair less than the product: 3 * 100 / 3 % are three replicas, whatever floats make of it
+    # rounding: 3 * 33.3... % must not become 1.0000001 replicas, which is two
     return min(math.ceil(replicas * weight / 100 - 1e-9), replicas - 1) if replicas > 1 else 0

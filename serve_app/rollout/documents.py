@@ -1,4 +1,4 @@
-"""What replicas are told: the whole document for each, made from the machine's state."""
+"""The document of each replica, made from the machine's state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from serve_app.rollout.state import Desired, Fleet, State, Traffic
 
 
 class Documents:
-    """What each replica shall hold now. What is the same for all of them is looked at once."""
+    """The desired state of each replica. The parts that all replicas share are made once."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
@@ -17,7 +17,7 @@ class Documents:
         forward = rollout is not None and rollout.state is not State.ABORTING
         now = traffic(fleet)
         self._assigned = fleet.assigned
-        self._beside = _beside(fleet, now)
+        self._also_serves = _also_serves(fleet, now)
         self._stable = Desired(
             epoch=fleet.epoch,
             generation=fleet.generation,
@@ -29,19 +29,19 @@ class Documents:
             loaded=fleet.loaded,
             rollouts=fleet.rollouts,
         )
-        self._made: dict[str, Desired] = {}  # by what they hold: most replicas get the same one
+        self._made: dict[str, Desired] = {}  # by revision: most replicas get the same document
 
     def of(self, replica: str) -> Desired:
-        """A replica that nobody knows yet gets stable."""
+        """The replica's document. A replica that is not in the fleet yet gets stable."""
         hold = self._assigned.get(replica, self._stable.hold)
         if hold not in self._made:
-            beside = tuple(name for name in self._beside if name != hold)
-            self._made[hold] = replace(self._stable, hold=hold, also_serves=beside)
+            others = tuple(name for name in self._also_serves if name != hold)
+            self._made[hold] = replace(self._stable, hold=hold, also_serves=others)
         return self._made[hold]
 
 
-def _beside(fleet: Fleet, now: Traffic | None) -> tuple[str, ...]:
-    """What every replica serves for requests that name it, or that a canary's share goes to."""
+def _also_serves(fleet: Fleet, now: Traffic | None) -> tuple[str, ...]:
+    """Revisions that every replica serves: the loaded adapters, and a shared canary."""
     if now is None or now.placement == "dedicated" or now.weight == 0:
         return fleet.loaded
     return (*fleet.loaded, *({now.canary} - {*fleet.loaded}))

@@ -17,7 +17,7 @@ def _seconds(given: Any) -> Any:
         return given
     if (found := _TEXT.fullmatch(given.strip())) is None:
         units = ", ".join(_UNITS)
-        raise ValueError(f"{given!r} is no length of time: a number with one of {units}")
+        raise ValueError(f"{given!r} is not a duration: write a number with one of {units}")
     return float(found[1]) * _UNITS[found[2]]
 
 

@@ -1,16 +1,16 @@
-"""Requests that the rollout machine refuses. The fleet is unchanged."""
+"""Errors of the rollout machine: a request is refused, and the fleet is unchanged."""
 
 from __future__ import annotations
 
 
 class RolloutError(Exception):
-    """The root of what the rollout machine raises."""
+    """The root of the errors that the rollout machine raises."""
 
     code = "rollout_error"
 
 
 class IllegalEvent(RolloutError):
-    """The event cannot happen now; nothing has changed."""
+    """The event is not possible in the current state; nothing has changed."""
 
     code = "illegal_event"
 
@@ -23,7 +23,7 @@ class IllegalEvent(RolloutError):
 
 
 class GenerationMismatch(RolloutError):
-    """Something was decided since the caller looked at the fleet; nothing has changed."""
+    """The fleet is at another generation than the caller expected; nothing has changed."""
 
     code = "generation_mismatch"
 

@@ -1,4 +1,8 @@
-"""Everything that can happen to a fleet. Each event carries its time: the machine has no clock."""
+"""Every event of a fleet. Each one carries its time, because the machine has no clock.
+
+A user request is refused with `IllegalEvent` when it is not possible now. The other events are
+facts: those that come too late change nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,60 +10,65 @@ from dataclasses import dataclass
 
 from serve_app.rollout.analysis import Verdict
 from serve_app.rollout.plan import Plan
+from serve_app.rollout.precondition import ALWAYS, Precondition
 from serve_app.rollout.state import ReplicaState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserRequest:
-    """What a user asks for.
-
-    `expected_generation`: the decision that the user knew of; another one may have come since.
-    `key`: the user's own name for this request; a second one with the same key does nothing.
-    """
+    """A request by a user; it changes the fleet only if the precondition holds."""
 
     at: float
-    expected_generation: int | None = None
-    key: str | None = None
+    precondition: Precondition = ALWAYS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked(UserRequest):
-    """For a rollout; the adapter was packed and is `target`."""
+class StartRequested(UserRequest):
+    """Start a rollout to the revision `target`, whose adapter is packed already."""
 
     plan: Plan
     target: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AbortRequested(UserRequest):
+class RolloutRequest(UserRequest):
+    """A request about the running rollout `id`. It is refused when that one has ended."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbortRequested(RolloutRequest):
+    """Send every replica back to stable."""
+
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PauseRequested(UserRequest):
-    pass
+class PauseRequested(RolloutRequest):
+    """Stay in the current step, and send no further replica to the target."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ResumeRequested(UserRequest):
-    """To go on after a pause that was asked for."""
+class ResumeRequested(RolloutRequest):
+    """Continue after a `PauseRequested`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromoteRequested(UserRequest):
-    """To leave the current step now, whatever is measured; `full`: every step that is left."""
+class PromoteRequested(RolloutRequest):
+    """Leave the current step now, whatever its analysis says; `full`: leave all steps."""
 
     full: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RetryRequested(UserRequest):
-    """To try again what failed, from the step that it failed in."""
+class RetryRequested(RolloutRequest):
+    """Repeat the step that failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequested(UserRequest):
-    """That every replica serves `revision` too, and `instead_of` no longer."""
+    """Every replica serves the adapter `revision` too, and `instead_of` no longer."""
 
     revision: str
     instead_of: str | None = None
@@ -67,7 +76,7 @@ class LoadRequested(UserRequest):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnloadRequested(UserRequest):
-    """That no replica serves `revision` beside its own any more."""
+    """No replica serves the loaded adapter `revision` any longer."""
 
     revision: str
 
@@ -82,8 +91,8 @@ class Reported:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Heard:
-    """Several replicas said what they hold: the same as each alone, decided upon once."""
+class ReportBatch:
+    """Several reports, oldest first. One decision for all of them, the same as one by one."""
 
     reports: tuple[Reported, ...]
     at: float
@@ -91,7 +100,7 @@ class Heard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Left:
-    """A replica is gone: it said so, or it was silent for too long."""
+    """A replica is gone: it said so, or it did not report for too long."""
 
     replica: str
     at: float
@@ -99,7 +108,7 @@ class Left:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """The canary of `step_id` was looked at, and this came of it."""
+    """The analysis of the canary step `step_id` reached a verdict."""
 
     step_id: str
     verdict: Verdict
@@ -108,17 +117,13 @@ class Judged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ticked:
+    """Time has passed."""
+
     at: float
 
 
-Requested = (
-    Asked
-    | AbortRequested
-    | PauseRequested
-    | ResumeRequested
-    | PromoteRequested
-    | RetryRequested
-    | LoadRequested
-    | UnloadRequested
+AnyRolloutRequest = (
+    AbortRequested | PauseRequested | ResumeRequested | PromoteRequested | RetryRequested
 )
-Event = Requested | Reported | Heard | Left | Judged | Ticked
+AnyUserRequest = StartRequested | AnyRolloutRequest | LoadRequested | UnloadRequested
+Event = AnyUserRequest | Reported | ReportBatch | Left | Judged | Ticked

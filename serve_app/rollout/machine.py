@@ -1,14 +1,13 @@
-"""The rollout machine: what happened goes in, what the fleet shall hold comes out.
+"""The rollout machine: events go in, the desired state of the fleet comes out.
 
 Theory of operation. `advance(fleet, event)` returns the next state; nothing else decides. It is
-pure: no ray, no clock, no thread, no random. The controller feeds events in, journals the new
-state, and only then lets replicas hear of it (`documents`).
+pure: no ray, no clock, no thread, no random. The controller feeds events in and journals the new
+state before a replica receives its part of it (`documents`).
 
-A rollout walks through `TABLE`. What users ask for is applied first (`requests`), then the machine
-settles: it applies the rule of the current state until nothing changes. A canary's steps (`canary`)
-come before the waves that move the whole fleet; a rolling rollout is one without steps. What is
-loaded beside the default has no states: replicas are told, whatever runs, and no rollout waits for
-it or ends with it.
+A rollout walks through `TABLE`. The event is applied first (`requests`, `canary.judge`), then the
+machine settles: it applies the rule of the current state until nothing changes. A canary's steps
+(`canary`) come before the waves that move the whole fleet; a rolling rollout has no steps. Loaded
+adapters have no states: they change at once, and no rollout waits for them or ends with them.
 """
 
 from __future__ import annotations
@@ -19,7 +18,15 @@ from typing import TypeVar, assert_never
 
 from serve_app.rollout import requests
 from serve_app.rollout.canary import hold_step, judge, place, traffic
-from serve_app.rollout.events import Event, Heard, Judged, Left, Reported, Ticked
+from serve_app.rollout.events import (
+    Event,
+    Judged,
+    Left,
+    ReportBatch,
+    Reported,
+    StartRequested,
+    Ticked,
+)
 from serve_app.rollout.state import Fleet, Observed, Rollout, State
 from serve_app.rollout.walk import fail, to
 from serve_app.rollout.waves import all_serve, all_to_stable, broken, having, idle, send
@@ -31,8 +38,8 @@ def advance(fleet: Fleet, event: Event) -> Fleet:
     """The next state.
 
     Raises, changing nothing:
-        IllegalEvent: it cannot happen now.
-        GenerationMismatch: it was asked for by someone who did not know of the last decision.
+        IllegalEvent: the event is not possible now.
+        GenerationMismatch: a user expected another generation.
     """
     after = _settle(_apply(fleet, event), at=event.at)
     if _decision(after) != _decision(fleet):
@@ -41,12 +48,12 @@ def advance(fleet: Fleet, event: Event) -> Fleet:
 
 
 def silent(fleet: Fleet, *, at: float, after_s: float) -> list[str]:
-    """Replicas that did not report for more than `after_s` seconds."""
+    """Replicas without a report for more than `after_s` seconds."""
     return [r for r, seen in fleet.observed.items() if at - seen.seen_at > after_s]
 
 
 def _decision(fleet: Fleet) -> object:
-    """Everything that a replica could see; when it changes, the generation grows."""
+    """Everything that a document shows; if it changes, the generation grows."""
     rollout = fleet.running
     return (
         (fleet.stable, fleet.loaded, fleet.assigned, fleet.in_flight, fleet.rollouts),
@@ -57,9 +64,9 @@ def _decision(fleet: Fleet) -> object:
 def _apply(fleet: Fleet, event: Event) -> Fleet:
     match event:
         case Reported():
-            return _hear(fleet, (event,))
-        case Heard():
-            return _hear(fleet, event.reports)
+            return _take_reports(fleet, (event,))
+        case ReportBatch():
+            return _take_reports(fleet, event.reports)
         case Left():
             return replace(
                 fleet,
@@ -74,9 +81,9 @@ def _apply(fleet: Fleet, event: Event) -> Fleet:
             return requests.apply(fleet, event)
 
 
-def _hear(fleet: Fleet, reports: Sequence[Reported]) -> Fleet:
+def _take_reports(fleet: Fleet, reports: Sequence[Reported]) -> Fleet:
     seen = {report.replica: Observed(state=report.state, seen_at=report.at) for report in reports}
-    # a late joiner gets stable: what it has never held is proven on others first
+    # a late joiner gets stable: the target is proven on other replicas first
     joined = {replica: fleet.stable for replica in seen if replica not in fleet.assigned}
     return replace(
         fleet,
@@ -97,10 +104,12 @@ def _settle(fleet: Fleet, *, at: float) -> Fleet:
 def _step(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
     match rollout.state:
         case State.PENDING:
-            return to(fleet, State.STAGING, at=at)
+            return to(fleet, State.STAGING, event=StartRequested, at=at)
         case State.STAGING | State.PROGRESSING:
-            if (why := _why_fail(fleet, rollout, at=at)) is not None:
-                return fail(fleet, rollout, why, at=at)
+            if (why := _failure(fleet, rollout)) is not None:
+                return fail(fleet, rollout, why, event=Reported, at=at)
+            if at >= rollout.deadline_at:
+                return fail(fleet, rollout, _too_late(rollout), event=Ticked, at=at)
             if rollout.state is State.STAGING:
                 return _stage(fleet, rollout, at=at)
             if rollout.current is not None:
@@ -112,11 +121,11 @@ def _step(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
         case State.PROMOTING:
             limit = rollout.plan.history_limit
             fleet = replace(fleet, stable=rollout.target)
-            # what was stable already must not push out the revision to go back to
+            # the same revision twice would push an earlier one out of the history
             if fleet.history[-1:] != (rollout.target,):
                 history = (*fleet.history, rollout.target)
                 fleet = replace(fleet, history=history[-limit - 1 :])
-            return to(fleet, State.SUCCEEDED, at=at)
+            return to(fleet, State.SUCCEEDED, event=Reported, at=at)
         case State.ABORTING:
             return _abort(fleet, rollout, at=at)
         case State.SUCCEEDED | State.ABORTED | State.FAILED | State.SUPERSEDED:
@@ -128,47 +137,50 @@ def _step(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
 def _stage(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
     if fleet.observed and having(fleet, rollout.target) == set(fleet.observed):
         fleet = replace(fleet, rollout=replace(rollout, begun=True))
-        return to(fleet, State.PROGRESSING, at=at)
+        return to(fleet, State.PROGRESSING, event=Reported, at=at)
     return fleet
 
 
 def _convert(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
     if fleet.observed and all_serve(fleet, rollout.target):
-        return to(fleet, State.PROMOTING, at=at)
+        return to(fleet, State.PROMOTING, event=Reported, at=at)
     ready = having(fleet, rollout.target)
     return send(fleet, rollout, rollout.target, ready=ready, free=broken(fleet))
 
 
 def _abort(fleet: Fleet, rollout: Rollout, *, at: float) -> Fleet:
     alone, now = {*fleet.loaded, fleet.stable}, traffic(fleet)
-    # that it goes by the traffic of now shows that it has heard that this is taken back
+    # the current traffic split in its report shows that it knows of the abort
     if all_serve(fleet, fleet.stable) and all(
         seen.state is not None
         and seen.state.traffic == now
         and (rollout.target in alone or rollout.target not in seen.state.also_serves)
         for seen in fleet.observed.values()
     ):
-        return to(all_to_stable(fleet), State.ABORTED, at=at)
+        return to(all_to_stable(fleet), State.ABORTED, event=Reported, at=at)
     for replica, observed in fleet.observed.items():
         failure = None if observed.state is None else observed.state.failure
         if failure and failure.revision == fleet.stable and failure.generation > rollout.since:
             reason = f"{rollout.reason}; then {replica} could not go back: {failure.reason}"
-            return to(all_to_stable(fleet), State.FAILED, at=at, reason=reason)
-    # whoever does not serve anyway goes back at once; the others in waves, like on the way there
+            back = all_to_stable(fleet)
+            return to(back, State.FAILED, event=Reported, at=at, reason=reason)
+    # replicas that do not serve go back at once, the others in waves
     return send(fleet, rollout, fleet.stable, ready=set(fleet.observed), free=idle(fleet))
 
 
-def _why_fail(fleet: Fleet, rollout: Rollout, *, at: float) -> str | None:
-    # also of a shared canary; a loaded adapter that is not the target fails no rollout
+def _failure(fleet: Fleet, rollout: Rollout) -> str | None:
+    # refused ones too: a shared canary is served besides the default
     for replica, observed in fleet.observed.items():
         for failure in observed.failures_of(rollout.target):
             if failure.generation >= rollout.since:
                 return f"replica {replica}: {failure.reason}"
-    if at >= rollout.deadline_at:
-        what = "it" if rollout.current is None else f"step {rollout.step + 1}"
-        why = "" if rollout.unclear is None else f": {rollout.unclear.why}"
-        return f"{what} was not over within {rollout.plan.progress_deadline:g} s{why}"
     return None
+
+
+def _too_late(rollout: Rollout) -> str:
+    what = "it" if rollout.current is None else f"step {rollout.step + 1}"
+    why = "" if rollout.unclear is None else f": {rollout.unclear.why}"
+    return f"{what} was not over within {rollout.plan.progress_deadline:g} s{why}"
 
 
 def _without(mapping: Mapping[str, V], key: str) -> dict[str, V]:

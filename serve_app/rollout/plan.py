@@ -1,8 +1,8 @@
-"""What a user asks for: the plan of a rollout.
+"""The plan of a rollout: everything that a user can choose.
 
-First in the pipeline plan -> machine -> assignment. The plan never changes after it was accepted;
-how far the rollout is lives in the machine's state. `python -m serve_app.rollout.plan` prints its
-JSON schema.
+First in the pipeline plan -> machine -> assignment. A plan never changes after it was accepted; the
+progress of the rollout is in `state.Rollout`. `python -m serve_app.rollout.plan` prints its JSON
+schema.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OnFailure = Literal["rollback", "pause"]
 DAY_S = 86_400.0
 
 
-# told apart beforehand, so that what is wrong with one is not told of the other as well
+# discriminated, so that an error about one kind is not reported for the other kind too
 Hold = Annotated[
     Annotated[Duration, Field(ge=0, le=30 * DAY_S), Tag("time")]
     | Annotated[Literal["manual"], Tag("manual")],
@@ -34,7 +34,7 @@ Hold = Annotated[
 class CanaryStep(BaseModel):
     """One step of a canary: this share of the requests, for this long at least.
 
-    `hold`: from when every replica does its part. 'manual': until somebody promotes it.
+    `hold`: counted from when every replica carries the step. 'manual': until a user promotes it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,12 +58,12 @@ class Plan(BaseModel):
     own requests, so that one replica is enough; `dedicated`, some replicas hold the canary alone,
     and requests are routed to them. None: shared where the fleet can, else dedicated.
 
-    `in_flight`: what happens to requests that run when their replica moves, there and back.
-    `drain`: new ones wait until they are done. `overlap`: they finish on the revision that they
-    began with, beside the new ones. None: overlap where the fleet can, else drain.
+    `in_flight`: what happens to running requests when their replica moves, there and back. `drain`:
+    new ones wait until they are done. `overlap`: they finish on the revision that they began with,
+    while new ones already run on the other. None: overlap where the fleet can, else drain.
 
-    `analysis`: what each step of a canary has to pass. `on_failure`: what a replica that cannot, a
-    verdict that fails or a deadline that is over leads to.
+    `analysis`: the checks that each step of a canary has to pass. `on_failure`: what follows when a
+    replica fails, a verdict fails or the deadline passes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
@@ -87,7 +87,7 @@ class Plan(BaseModel):
         Field(
             gt=0,
             le=30 * DAY_S,
-            description="it fails when it gets no further for this long, beyond what it holds",
+            description="it fails without progress for this long, holds not counted",
         ),
     ] = 600.0
     on_failure: OnFailure = "rollback"

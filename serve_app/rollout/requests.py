@@ -1,7 +1,8 @@
-"""What users ask of a rollout: how each request changes the fleet, or why it cannot be now.
+"""User requests: how each one changes the fleet, or the reason that it is refused.
 
-The machine applies a request with this and then settles. A request that names a generation which
-is not the fleet's is refused; one whose key was seen before has been answered already.
+The machine applies a request with this and then settles. A request that expects another generation
+than the fleet's is refused. A request whose idempotency key was used before changes nothing. The
+transition table says which requests are possible in which state.
 """
 
 from __future__ import annotations
@@ -12,108 +13,139 @@ from typing import assert_never
 from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
 from serve_app.rollout.events import (
     AbortRequested,
-    Asked,
+    AnyRolloutRequest,
+    AnyUserRequest,
     LoadRequested,
     PauseRequested,
     PromoteRequested,
-    Requested,
     ResumeRequested,
     RetryRequested,
+    StartRequested,
     UnloadRequested,
 )
 from serve_app.rollout.state import Fleet, Pause, Rollout, State
-from serve_app.rollout.walk import to
+from serve_app.rollout.table import handles
+from serve_app.rollout.walk import next_step, to
 
-_KEYS = 200  # of the last requests: who has not heard of its answer asks again soon
+_KEYS = 200  # of the last requests: a caller that got no answer asks again soon
+_VERBS: dict[type[AnyRolloutRequest], str] = {
+    AbortRequested: "abort",
+    PauseRequested: "pause",
+    ResumeRequested: "resume",
+    PromoteRequested: "promote",
+    RetryRequested: "retry",
+}
 
 
-def apply(fleet: Fleet, asked: Requested) -> Fleet:
-    """The fleet with the request in it. Raises `IllegalEvent` and `GenerationMismatch`."""
-    if asked.key is not None and asked.key in fleet.keys:
+def apply(fleet: Fleet, request: AnyUserRequest) -> Fleet:
+    """The fleet after the request.
+
+    Raises, changing nothing:
+        GenerationMismatch: the fleet is at another generation than the request expects.
+        IllegalEvent: the request is not possible now, or its rollout is not the running one.
+    """
+    given = request.precondition
+    if given.key is not None and given.key in fleet.keys:
         return fleet
-    expected = asked.expected_generation
+    expected = given.expected_generation
     if expected is not None and expected != fleet.generation:
         raise GenerationMismatch(expected, fleet.generation)
-    after = _apply(fleet, asked)
-    if asked.key is not None:
-        after = replace(after, keys=(*after.keys, asked.key)[-_KEYS:])
+    after = _apply(fleet, request)
+    if given.key is not None:
+        after = replace(after, keys=(*after.keys, given.key)[-_KEYS:])
     return after
 
 
-def next_step(fleet: Fleet, *, at: float, full: bool = False) -> Fleet:
-    """Leave the step that the rollout is in, or all that are left; its hold begins when placed."""
-    rollout = fleet.rollout
-    assert rollout is not None
-    step = len(rollout.plan.steps) if full else rollout.step + 1
-    deadline_at = at + rollout.plan.progress_deadline
-    rollout = replace(rollout, step=step, placed_at=None, deadline_at=deadline_at)
-    return replace(fleet, rollout=rollout)
-
-
-def _apply(fleet: Fleet, asked: Requested) -> Fleet:
-    match asked:
-        case Asked():
-            return _begin(fleet, asked)
-        case AbortRequested():
-            if fleet.running is None or fleet.running.state is State.ABORTING:
-                return fleet
-            return to(fleet, State.ABORTING, at=asked.at, reason=asked.reason)
-        case PauseRequested():
-            rollout = _going(fleet, "a pause")
-            if rollout.state is State.PAUSED:
-                return fleet
-            return to(fleet, State.PAUSED, at=asked.at, reason="paused", pause=Pause.ASKED)
-        case ResumeRequested():
-            return _resume(fleet, at=asked.at)
-        case PromoteRequested():
-            return _promote(fleet, asked)
-        case RetryRequested():
-            rollout = _going(fleet, "a retry")
-            if rollout.pause is not Pause.FAILURE:
-                raise IllegalEvent("a retry", "nothing has failed")
-            return _forgiven(fleet, at=asked.at)
+def _apply(fleet: Fleet, request: AnyUserRequest) -> Fleet:
+    match request:
+        case StartRequested():
+            return _start(fleet, request)
         case LoadRequested():
-            loaded = tuple(name for name in fleet.loaded if name != asked.instead_of)
-            if asked.revision not in loaded:
-                loaded = (*loaded, asked.revision)
+            loaded = tuple(name for name in fleet.loaded if name != request.instead_of)
+            if request.revision not in loaded:
+                loaded = (*loaded, request.revision)
             return replace(fleet, loaded=loaded)
         case UnloadRequested():
-            loaded = tuple(name for name in fleet.loaded if name != asked.revision)
+            loaded = tuple(name for name in fleet.loaded if name != request.revision)
             return replace(fleet, loaded=loaded)
         case _:
-            assert_never(asked)
+            return _steer(fleet, request, _running(fleet, request))
 
 
-def _begin(fleet: Fleet, asked: Asked) -> Fleet:
+def _start(fleet: Fleet, request: StartRequested) -> Fleet:
     if not fleet.observed:
         raise IllegalEvent("a rollout", "no replica has reported yet")
     since = fleet.generation + 1
     if (running := fleet.running) is not None:
-        # replicas act on the same document as before then, so its failures are this one's too;
-        # but not those that it was waiting with: to ask again is to retry
+        # the same target again: replicas keep acting on the same document, so that a failure
+        # reported for the earlier rollout counts for this one, unless that one is given up
         going = running.state is not State.ABORTING and running.pause is not Pause.FAILURE
-        if running.target == asked.target and going:
+        if running.target == request.target and going:
             since = running.since
-        reason = f"replaced by a rollout to {asked.target}"
-        fleet = to(fleet, State.SUPERSEDED, at=asked.at, reason=reason)
+        reason = f"replaced by a rollout to {request.target}"
+        fleet = to(fleet, State.SUPERSEDED, event=StartRequested, at=request.at, reason=reason)
     number = fleet.rollouts + 1
     rollout = Rollout(
         id=f"rollout-{number}",
-        plan=asked.plan,
-        target=asked.target,
-        previous=fleet.stable,  # also when it supersedes: the way back stays the proven revision
-        key=asked.key,
+        plan=request.plan,
+        target=request.target,
+        previous=fleet.stable,  # also over a running rollout: back to what is proven
+        key=request.precondition.key,
         since=since,
-        created_at=asked.at,
-        deadline_at=asked.at + asked.plan.progress_deadline,
+        created_at=request.at,
+        deadline_at=request.at + request.plan.progress_deadline,
     )
     past = fleet.past if fleet.rollout is None else (*fleet.past, fleet.rollout)
-    limit = asked.plan.history_limit
+    limit = request.plan.history_limit
     return replace(fleet, rollout=rollout, rollouts=number, past=past[-limit:])
 
 
-def _resume(fleet: Fleet, *, at: float) -> Fleet:
-    rollout = _going(fleet, "to resume")
+def _running(fleet: Fleet, request: AnyRolloutRequest) -> Rollout:
+    """The running rollout, if the request is about it and possible in its state."""
+    rollout = fleet.running
+    if rollout is None or rollout.id != request.id:
+        raise IllegalEvent(f"to change {request.id}", "it has ended")
+    if not handles(rollout.state, type(request)):
+        raise IllegalEvent(f"to {_VERBS[type(request)]}", f"{rollout.id} is {rollout.state}")
+    return rollout
+
+
+def _steer(
+    fleet: Fleet,
+    request: AbortRequested | PauseRequested | ResumeRequested | PromoteRequested | RetryRequested,
+    rollout: Rollout,
+) -> Fleet:
+    match request:
+        case AbortRequested():
+            if rollout.state is State.ABORTING:
+                return fleet
+            return to(
+                fleet, State.ABORTING, event=AbortRequested, at=request.at, reason=request.reason
+            )
+        case PauseRequested():
+            if rollout.state is State.PAUSED:
+                return fleet
+            return to(
+                fleet,
+                State.PAUSED,
+                event=PauseRequested,
+                at=request.at,
+                reason="paused",
+                pause=Pause.ASKED,
+            )
+        case ResumeRequested():
+            return _resume(fleet, request, rollout)
+        case PromoteRequested():
+            return _promote(fleet, request, rollout)
+        case RetryRequested():
+            if rollout.pause is not Pause.FAILURE:
+                raise IllegalEvent("to retry", "nothing has failed")
+            return _go_on(_forgiven(fleet, at=request.at), request)
+        case _:
+            assert_never(request)
+
+
+def _resume(fleet: Fleet, request: ResumeRequested | PromoteRequested, rollout: Rollout) -> Fleet:
     if rollout.pause is None:
         return fleet
     if rollout.pause is Pause.STEP:
@@ -122,27 +154,26 @@ def _resume(fleet: Fleet, *, at: float) -> Fleet:
         raise IllegalEvent("to resume", "it failed; retry, promote or abort it")
     step = rollout.current
     held_s = 0.0 if step is None else step.hold_s
-    deadline_at = at + held_s + rollout.plan.progress_deadline
-    return _on(replace(fleet, rollout=replace(rollout, deadline_at=deadline_at)), at=at)
+    deadline_at = request.at + held_s + rollout.plan.progress_deadline
+    return _go_on(replace(fleet, rollout=replace(rollout, deadline_at=deadline_at)), request)
 
 
-def _promote(fleet: Fleet, asked: PromoteRequested) -> Fleet:
-    rollout = _going(fleet, "to promote")
-    if rollout.current is not None and (rollout.begun or asked.full):
-        fleet = next_step(fleet, at=asked.at, full=asked.full)
+def _promote(fleet: Fleet, request: PromoteRequested, rollout: Rollout) -> Fleet:
+    if rollout.current is not None and (rollout.begun or request.full):
+        fleet = next_step(fleet, at=request.at, full=request.full)
     elif rollout.current is not None:
         raise IllegalEvent("to promote a step", "the fleet has not staged the adapter yet")
     elif rollout.pause is None:
         raise IllegalEvent("to promote", "there is no step left to promote")
     elif rollout.pause is Pause.ASKED:
-        return _resume(fleet, at=asked.at)
+        return _resume(fleet, request, rollout)
     if rollout.pause is Pause.FAILURE:
-        return _forgiven(fleet, at=asked.at)
-    return fleet if rollout.pause is None else _on(fleet, at=asked.at)
+        fleet = _forgiven(fleet, at=request.at)
+    return _go_on(fleet, request)
 
 
 def _forgiven(fleet: Fleet, *, at: float) -> Fleet:
-    """What failed until now counts no more, and what was measured neither."""
+    """Discards earlier failures and measurements of this step."""
     rollout = fleet.rollout
     assert rollout is not None
     verdicts = rollout.verdicts if rollout.unclear is None else rollout.verdicts[:-1]
@@ -154,20 +185,10 @@ def _forgiven(fleet: Fleet, *, at: float) -> Fleet:
         placed_at=None,
         deadline_at=at + rollout.plan.progress_deadline,
     )
-    return _on(replace(fleet, rollout=rollout), at=at)
+    return replace(fleet, rollout=rollout)
 
 
-def _on(fleet: Fleet, *, at: float) -> Fleet:
+def _go_on(fleet: Fleet, request: ResumeRequested | PromoteRequested | RetryRequested) -> Fleet:
     assert fleet.rollout is not None
     state = State.PROGRESSING if fleet.rollout.begun else State.STAGING
-    return to(fleet, state, at=at, reason="")
-
-
-def _going(fleet: Fleet, what: str) -> Rollout:
-    """The rollout that goes forward. Raises `IllegalEvent`."""
-    rollout = fleet.running
-    if rollout is None:
-        raise IllegalEvent(what, "no rollout is running")
-    if rollout.state is State.ABORTING:
-        raise IllegalEvent(what, "the rollout is being taken back")
-    return rollout
+    return to(fleet, state, event=type(request), at=request.at, reason="")

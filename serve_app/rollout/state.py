@@ -1,9 +1,8 @@
-"""The nouns of a rollout: what is intended, what was observed, how far it is.
+"""The nouns of a rollout: decisions, observations, progress.
 
-Between plan and machine. Half of a `Fleet` is intent (stable, loaded, assigned, rollout) and is
-journaled; the other half (observed) is what replicas said last, and is asked for again after a
-restart.
-Revisions are opaque strings here. Times are seconds since the epoch.
+Between plan and machine. One half of a `Fleet` is decisions (stable, loaded, assigned, rollout) and
+is journaled. The other half (observed) is the last reports of the replicas, which report again
+after a restart. Revisions are opaque strings here. Times are seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -29,53 +28,20 @@ class State(StrEnum):
     SUPERSEDED = "superseded"
 
 
+ENDS = frozenset({State.SUCCEEDED, State.ABORTED, State.FAILED, State.SUPERSEDED})
+
+
 class Pause(StrEnum):
-    """What a paused rollout waits for."""
+    """The reason for a pause, and so the way out of it."""
 
-    ASKED = "asked"  # for whoever paused it
-    STEP = "step"  # its step is held until somebody promotes it
-    FAILURE = "failure"  # something failed, and the plan says to wait rather than go back
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the transition table."""
-
-    before: State
-    after: State
-    when: str
-
-
-# Everything that a rollout can do. `serve_app.rollout.table` makes the documentation from it, and
-# `serve_app.rollout.machine` refuses every other step.
-TABLE: tuple[Row, ...] = (
-    Row(State.PENDING, State.STAGING, "at once: replicas are told to stage the target"),
-    Row(State.STAGING, State.PROGRESSING, "every replica has staged the target"),
-    Row(State.STAGING, State.PAUSED, "pause; a failure, with `on_failure: pause`"),
-    Row(State.STAGING, State.ABORTING, "abort; a failure or the deadline, with rollback"),
-    Row(State.STAGING, State.SUPERSEDED, "a newer plan"),
-    Row(State.PROGRESSING, State.PAUSED, "pause; `hold: manual`; a failure, with pause"),
-    Row(State.PROGRESSING, State.PROMOTING, "every replica serves the target"),
-    Row(State.PROGRESSING, State.ABORTING, "abort; a failure, verdict or deadline, with rollback"),
-    Row(State.PROGRESSING, State.SUPERSEDED, "a newer plan"),
-    Row(State.PAUSED, State.STAGING, "resume, promote or retry, and some have not staged yet"),
-    Row(State.PAUSED, State.PROGRESSING, "resume, promote or retry"),
-    Row(State.PAUSED, State.PAUSED, "a verdict that fails, with `on_failure: pause`"),
-    Row(State.PAUSED, State.ABORTING, "abort; a verdict that fails, with rollback"),
-    Row(State.PAUSED, State.SUPERSEDED, "a newer plan"),
-    Row(State.PROMOTING, State.SUCCEEDED, "at once: the target is stable"),
-    Row(State.ABORTING, State.ABORTED, "every replica serves stable, and it alone"),
-    Row(State.ABORTING, State.FAILED, "a replica cannot go back"),
-    Row(State.ABORTING, State.SUPERSEDED, "a newer plan"),
-)
-TRANSITIONS: Mapping[State, frozenset[State]] = {
-    state: frozenset(row.after for row in TABLE if row.before is state) for state in State
-}
+    ASKED = "asked"  # a user paused it; resume or promote
+    STEP = "step"  # the step has `hold: manual`; promote
+    FAILURE = "failure"  # a failure with `on_failure: pause`; retry, promote or abort
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A replica could not do what generation `generation` asked of it for `revision`."""
+    """A replica failed to stage or serve `revision` as the document of `generation` asks for."""
 
     revision: str
     reason: str
@@ -86,8 +52,8 @@ class Failure:
 class Traffic:
     """`weight` percent of the requests that name no revision go to `canary`.
 
-    `shared`: each replica sees to it for its own. `dedicated`: whoever routes requests does.
-    `step_id`: the step of the rollout that they are for; what is measured belongs to it.
+    `shared`: each replica splits its own requests. `dedicated`: the request router splits them.
+    `step_id`: the canary step; request statistics belong to it.
     """
 
     canary: str
@@ -157,7 +123,7 @@ class Observed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Of `total` live replicas, how many have the target beside their weights, and in them."""
+    """Of `total` live replicas, the number that has the target staged, and committed."""
 
     total: int
     staged: int
@@ -166,12 +132,17 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One rollout: the plan, and how far it is. Times are seconds since the epoch.
+    """One rollout: the plan and its progress. Times are seconds since the epoch.
 
-    `begun`: every replica had staged the target. `step`: the index in the plan's steps; behind the
-    last one, the whole fleet moves. `placed_at`: when every replica did its part in the step, and
-    its hold began. `attempt`: grows with every retry. `pause`: what it waits for while paused.
-    `since`: the generation it began in, or was retried in; failures from before do not count.
+    Attributes:
+        key: the idempotency key that it was started with.
+        since: the generation it began or was retried in; earlier failures do not count.
+        begun: every replica had staged the target.
+        step: index in the plan's steps; behind the last one, the whole fleet moves.
+        placed_at: when every replica carried the step, and its hold began.
+        attempt: grows with every retry.
+        pause: the reason, while paused.
+        progress: at its end.
     """
 
     id: str
@@ -191,15 +162,15 @@ class Rollout:
     created_at: float = 0.0
     deadline_at: float = 0.0
     ended_at: float | None = None
-    progress: Progress | None = None  # how far it was when it ended
+    progress: Progress | None = None
 
     @property
     def ended(self) -> bool:
-        return not TRANSITIONS[self.state]
+        return self.state in ENDS
 
     @property
     def current(self) -> CanaryStep | None:
-        """The step that it is in; None: it has no steps, or has left the last one."""
+        """The current step; None: the plan has no steps, or the last one was left."""
         steps = self.plan.steps
         return steps[self.step] if self.step < len(steps) else None
 
@@ -209,14 +180,14 @@ class Rollout:
 
     @property
     def hold_until(self) -> float | None:
-        """When the current step has been held for long enough; None: nobody knows yet."""
+        """The end of the current step's hold; None: not known yet, or manual."""
         if self.placed_at is None or self.current is None or self.current.hold == "manual":
             return None
         return self.placed_at + self.current.hold
 
     @property
     def unclear(self) -> Verdict | None:
-        """The verdict on the current step that said nothing, if that is all there is."""
+        """The inconclusive verdict on the current step, if there is no other."""
         last = self.verdicts[-1] if self.verdicts else None
         if last is None or last.step != self.step or last.outcome is not Outcome.INCONCLUSIVE:
             return None
@@ -225,10 +196,18 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """The machine's whole state. `rollout` is the running one, or the last one that ran.
+    """The machine's whole state.
 
-    `loaded`: revisions that every replica serves for requests that name them, oldest first.
-    `keys`: of the requests that users gave a key of their own, newest last.
+    Attributes:
+        stable: the revision that the fleet goes back to.
+        epoch: the number of the controller; generation: of the decision.
+        loaded: loaded adapters, served by every replica for requests that name them, oldest first.
+        assigned: replica → the revision that it shall hold.
+        rollout: the running one, or the last one that ran; past: those before it.
+        history: stable revisions, newest last.
+        rollouts: how many there were.
+        keys: idempotency keys of user requests, newest last.
+        observed: replica → its last report.
     """
 
     stable: str
@@ -249,7 +228,7 @@ class Fleet:
 
     @property
     def in_flight(self) -> InFlight:
-        """How a replica gets to what it shall hold: as the last rollout says, there and back."""
+        """The policy for running requests when a replica moves: that of the last rollout."""
         asked = None if self.rollout is None else self.rollout.plan.in_flight
         return asked or "drain"  # which every fleet can
 
@@ -258,11 +237,14 @@ class Fleet:
 class Desired:
     """The whole document for one replica.
 
-    `hold`: the revision for requests that name none; `in_flight`: how to get there. `also_serves`: those
-    to serve for requests that name them. `stage`: the one to have ready for a later document.
-    `traffic`: the share of the requests that a canary gets. `stable`, `loaded`, `rollouts` and
-    `sources` (revision, where it came from) are for a controller that has lost its journal
-    (`serve_app.rollout.recovery`).
+    Attributes:
+        hold: the revision for requests that name none.
+        stage: the revision to stage for a later document.
+        also_serves: further revisions to serve.
+        in_flight: what happens to running requests when `hold` changes.
+        traffic: the traffic split of a canary.
+        stable, loaded, rollouts, sources: for a controller that has lost its journal
+            (`serve_app.rollout.recovery`); sources are (revision, path or URI) pairs.
     """
 
     epoch: int

@@ -1,7 +1,6 @@
-"""Who gets the canary: the choice for one request that names no revision.
+"""The traffic split: canary or stable, for a request that names no revision.
 
-The same rule wherever it is made: in each replica for a `shared` canary (`serve_app.engine.engine`), where
-requests are routed for a `dedicated` one (`serve_app.gateway.router`).
+Each replica applies it for a `shared` canary, the request router for a `dedicated` one.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ _GOLDEN = 0.6180339887498949  # its multiples spread evenly over [0, 1): n of th
 
 
 class TrafficSplit:
-    """Requests with a session: by its hash, so the sessions on the canary only grow in number.
+    """Requests with a session are split by its hash: a larger weight only adds sessions.
 
-    The others: in weight_lock that spread evenly, so that after n requests the share is right to about
-    1 / n, where a coin would be off by 1 / sqrt(n). `start`: where the weight_lock begin, in [0, 1).
+    The others follow a low-discrepancy sequence: after n requests the share is right to about
+    1 / n, where random choice is off by 1 / sqrt(n). `start`: the sequence's start, in [0, 1).
     """
 
     def __init__(self, *, start: float) -> None:
@@ -31,9 +30,11 @@ class TrafficSplit:
 
 
 def session_position(session: str, canary: str) -> float:
-    """A number in [0, 1) that every process agrees on; another one for another canary.
+    """A number in [0, 1) that is the same in every process.
 
-    Or the same unlucky users would be the first ones every time.
+    It differs between canaries, so that not the same users come first each time.
     """
     digest = hashlib.blake2b(f"{canary}\n{session}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest) >> 11) / 2**53  # what a float can hold, so that it is never 1
+    return (
+        int.from_bytes(digest) >> 11
+    ) / 2**53  # 53 bits, as many as a float has, so that it is never 1

@@ -1,24 +1,38 @@
-"""One step of a rollout through the transition table: the only place that changes its state."""
+"""Transitions of a rollout: the only place that changes its state, and only as `TABLE` has it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from serve_app.rollout.state import TRANSITIONS, Fleet, Pause, Progress, Rollout, State
+from serve_app.rollout.errors import IllegalEvent
+from serve_app.rollout.events import Event
+from serve_app.rollout.state import Fleet, Pause, Progress, Rollout, State
+from serve_app.rollout.table import allows
 
 
 def to(
     fleet: Fleet,
     state: State,
     *,
+    event: type[Event],
     at: float,
     reason: str | None = None,
     pause: Pause | None = None,
 ) -> Fleet:
-    """The fleet with its rollout in `state`. `reason` None keeps the one that it has."""
+    """The fleet with its rollout in `state`, because of `event`.
+
+    Args:
+        at: seconds since the epoch; when the rollout ends, its end.
+        reason: None keeps the one that it has.
+        pause: what a paused rollout waits for.
+
+    Raises:
+        IllegalEvent: the table has no such transition.
+    """
     rollout = fleet.rollout
     assert rollout is not None
-    assert state in TRANSITIONS[rollout.state], (rollout, state)
+    if not allows(rollout.state, event, state):
+        raise IllegalEvent(event.__name__, f"{rollout.state} does not lead to {state} by it")
     rollout = replace(
         rollout,
         state=state,
@@ -30,15 +44,25 @@ def to(
     return replace(fleet, rollout=rollout)
 
 
-def fail(fleet: Fleet, rollout: Rollout, why: str, *, at: float) -> Fleet:
-    """What the plan says about failures: back to stable, or wait for somebody to decide."""
+def fail(fleet: Fleet, rollout: Rollout, why: str, *, event: type[Event], at: float) -> Fleet:
+    """Roll back to stable, or wait for a user, as the plan's `on_failure` says."""
     if rollout.plan.on_failure == "rollback":
-        return to(fleet, State.ABORTING, at=at, reason=why)
-    return to(fleet, State.PAUSED, at=at, reason=why, pause=Pause.FAILURE)
+        return to(fleet, State.ABORTING, event=event, at=at, reason=why)
+    return to(fleet, State.PAUSED, event=event, at=at, reason=why, pause=Pause.FAILURE)
+
+
+def next_step(fleet: Fleet, *, at: float, full: bool = False) -> Fleet:
+    """Leave the current step, or all of them; the hold of the next one begins once it is placed."""
+    rollout = fleet.rollout
+    assert rollout is not None
+    step = len(rollout.plan.steps) if full else rollout.step + 1
+    deadline_at = at + rollout.plan.progress_deadline
+    rollout = replace(rollout, step=step, placed_at=None, deadline_at=deadline_at)
+    return replace(fleet, rollout=rollout)
 
 
 def progress(fleet: Fleet, rollout: Rollout) -> Progress:
-    """How far a rollout is; of one that has ended, how far it was then."""
+    """The replicas that have staged and committed the target; at its end, if it has ended."""
     if rollout.progress is not None:
         return rollout.progress
     seen = fleet.observed.values()

@@ -1,6 +1,6 @@
-"""Who serves what, and the next wave of replicas on its way to another revision.
+"""Sets of replicas by what they serve, and the next wave to another revision.
 
-Between the machine and `assignment`, which knows names and sets only.
+Between the machine and `assignment`, which knows only sets of names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ def send(
     free: AbstractSet[str],
     most: int | None = None,
 ) -> Fleet:
-    """The next wave on its way to `revision`, all of them for `all_at_once`."""
+    """Assigns the next wave to `revision`; for `all_at_once` all replicas that are ready.
+
+    Args:
+        ready: replicas that may go there.
+        free: replicas that serve nothing, so that moving them costs no capacity.
+        most: at most this many.
+    """
     everywhere = rollout.plan.strategy == "all_at_once"
     wave = next_wave(
         target=revision,
@@ -45,7 +51,7 @@ def all_to_stable(fleet: Fleet) -> Fleet:
 
 
 def all_serve(fleet: Fleet, revision: str) -> bool:
-    # assigned too: who was just sent elsewhere is on its way, whatever it said before it heard
+    # assigned too: a replica that was just sent elsewhere may still report the revision
     return all(fleet.assigned[r] == revision and in_service(fleet, r) for r in fleet.observed)
 
 
@@ -54,12 +60,12 @@ def in_service(fleet: Fleet, replica: str) -> bool:
 
 
 def idle(fleet: Fleet) -> set[str]:
-    """Those known not to serve; calling them back takes nobody out of service."""
+    """Replicas known not to serve; moving them costs no capacity."""
     return {r for r, seen in fleet.observed.items() if seen.state and not in_service(fleet, r)}
 
 
 def broken(fleet: Fleet) -> set[str]:
-    """Those that could not get to where they were sent."""
+    """Replicas that failed to hold the revision that they are assigned."""
     return {
         r
         for r, seen in fleet.observed.items()
@@ -70,5 +76,5 @@ def broken(fleet: Fleet) -> set[str]:
 
 
 def having(fleet: Fleet, revision: str) -> set[str]:
-    """Those that have it, in their weights or beside them."""
+    """Replicas that serve or have staged the revision."""
     return {r for r, seen in fleet.observed.items() if seen.has(revision)}

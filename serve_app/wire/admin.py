@@ -1,7 +1,7 @@
-"""What the admin surface shows: the JSON of `/admin/*`, as types.
+"""The JSON of `/admin/*` as types.
 
-Stands at the HTTP boundary. The controller fills these from its state, the gateway returns them as
-they are, the client and the CLI parse them back. One definition, so no side can drift.
+At the HTTP boundary: the controller fills these views from its state, the gateway returns them as
+they are, the client and the CLI parse them back.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class View(BaseModel):
-    """A frozen document. Unknown fields are ignored: an older client reads a newer server."""
+    """A frozen document. An older client ignores the fields of a newer server."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class SwapView(View):
-    """How long the phases of one swap on one replica took."""
+    """The durations of the phases of one swap on one replica."""
 
     revision: str
-    in_flight: str = Field(default="drain", description="what became of running requests")
+    in_flight: str = Field(default="drain", description="policy for running requests")
     fetch_ms: float = 0.0
     stage_ms: float = 0.0
     drain_ms: float = 0.0
@@ -39,7 +39,7 @@ class LaneView(View):
 
 
 class StartView(View):
-    """What it took a replica to be ready for a revision."""
+    """The start of a replica, before its first revision."""
 
     load_s: float
     warm_up_s: float
@@ -52,9 +52,11 @@ class ReplicaView(View):
 
     id: str
     revision: str | None = Field(description="for requests that name none, as name@digest8")
-    serves: list[str] = Field(default=[], description="that one first, then those beside it")
+    serves: list[str] = Field(
+        default=[], description="that one first, then loaded adapters and a shared canary"
+    )
     lanes: list[LaneView] = []
-    assigned: str = Field(description="what the controller wants it to hold")
+    assigned: str = Field(description="the revision that the controller has assigned")
     staged: str | None = None
     serving: bool = False
     running: int = Field(default=0, description="requests in generation when it last reported")
@@ -69,7 +71,7 @@ class ReplicaView(View):
 
 
 class MeasurementView(View):
-    """One thing that the analysis looked at. Times are in seconds."""
+    """One check, probe score or query of an analysis. Times are in seconds."""
 
     name: str
     outcome: str = Field(description="'pass', 'fail' or 'inconclusive'")
@@ -81,7 +83,7 @@ class MeasurementView(View):
 
 
 class VerdictView(View):
-    """What a step of a canary came to."""
+    """The outcome of a canary step."""
 
     step: int = Field(description="counted from 0")
     weight: float
@@ -95,12 +97,12 @@ class VerdictView(View):
 
 
 class CanaryView(View):
-    """The steps of a canary, and what they have come to."""
+    """The steps of a canary, and their verdicts."""
 
     placement: str
     step: int = Field(description="the current one, counted from 0; behind the last: all of it")
     steps: list[float] = Field(description="the weights, in percent")
-    weight: float = Field(description="percent of the requests that it shall get now")
+    weight: float = Field(description="percent of the requests that it is to get now")
     share: float | None = Field(default=None, description="percent that it got, in this step")
     requests: int = Field(default=0, description="those that named no revision, in this step")
     pause: str | None = Field(default=None, description="'asked', 'step' or 'failure'")
@@ -110,7 +112,7 @@ class CanaryView(View):
 
 
 class RolloutView(View):
-    """One rollout: what was asked, and how far it is."""
+    """One rollout: its plan and its progress."""
 
     id: str
     target: str
@@ -149,7 +151,9 @@ class FleetView(View):
     epoch: int
     generation: int
     stable: str
-    loaded: list[str] = Field(default=[], description="served too, for requests that name them")
+    loaded: list[str] = Field(
+        default=[], description="loaded adapters, for requests that name them"
+    )
     rollout: RolloutView | None = None
     replicas: list[ReplicaView] = []
     history: list[str] = Field(default=[], description="stable revisions, newest last")
@@ -158,10 +162,10 @@ class FleetView(View):
 
 
 class AdapterView(View):
-    """One adapter that the fleet serves for requests that name it; vLLM's field names."""
+    """One loaded adapter; vLLM's field names."""
 
     lora_name: str
-    lora_path: str = Field(description="where it came from")
+    lora_path: str = Field(description="path, Hub id or URI that it was loaded from")
     revision: str
     generation: int = Field(description="of the fleet, for the next `expected_generation`")
     ready: int = Field(default=0, description="replicas that serve it")
@@ -176,7 +180,7 @@ class AdapterList(View):
 
 
 class Body(BaseModel):
-    """What a client sends: whatever is not known is refused, not ignored."""
+    """The body of a request. Unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
 

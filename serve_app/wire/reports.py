@@ -1,8 +1,8 @@
-"""The control lane: what a replica tells the controller, and what it hears back.
+"""The control lane: reports of replicas, and the controller's answers.
 
-`report(Report) -> Answer` is the only call that a replica makes in normal life. It stays open while
-nothing changes, so it is the broadcast, the heartbeat and the acknowledgement at once. Both sides
-send whole documents: a message that got lost is repaired by the next one.
+`report(Report) -> Answer` is a long poll, and the only call that a replica makes in normal
+operation. It is broadcast, heartbeat and acknowledgement at once. Both sides send whole documents,
+so that the next message repairs a lost one.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """The desired document, with the image of every revision it names, or why there is none.
+    """The desired document, if it has changed.
 
-    `introduce`: the controller does not know the replica's layout; send it with `join`, then report
-    again. Neither: nothing has changed, report again.
+    Attributes:
+        images: revision → its image in Ray's object store.
+        refused: revision → the reason why it has no image.
+        introduce: the controller does not know the replica's layout: call `join`, report again.
     """
 
     desired: Desired | None = None

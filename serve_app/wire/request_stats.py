@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-SAMPLES = 1000  # as many as a plan may ask for, also of a canary on one replica
+SAMPLES = 1000  # the most that a plan's `min_samples` may ask for
 
 
-PROBE = "hotswap.probe"  # the session of requests that are not counted: nobody uses the answers
+PROBE = "hotswap.probe"  # the session of probe requests, which are not counted
 
 
 @dataclass(slots=True, kw_only=True)
 class RequestStats:
-    """Of one revision. `chosen`: requests that named none. Times are in seconds.
+    """Of one revision. `chosen`: requests that named no revision. Times are in seconds.
 
     `latency_s`: from arrival to the last token. `first_token_s`: to the first one.
     `tokens_per_s`: between the first token and the last; of answers with two tokens or more.
@@ -26,7 +26,7 @@ class RequestStats:
     tokens_per_s: list[float] = field(default_factory=list)
 
     def __add__(self, other: RequestStats) -> RequestStats:
-        """Both together; a sample that is full weighs no more than another one that is full."""
+        """Both together."""
         return RequestStats(
             requests=self.requests + other.requests,
             errors=self.errors + other.errors,

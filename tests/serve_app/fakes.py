@@ -24,7 +24,7 @@ NEVER_S = 30.0
 
 
 class FakeRef:
-    """What `ray.put` returns, as far as anyone here looks: await it and there is the image."""
+    """What `ray.put` returns, as far as these tests need it: await it and there is the image."""
 
     def __init__(self, image: AdapterImage) -> None:
         self.image = image
@@ -48,7 +48,7 @@ class CountingPut:
 class FakeEngine:
     """A real slot and a real gate, and nothing that runs.
 
-    `faults`: what the next cutovers raise. `holding_fails`: name → what holding it beside raises.
+    `faults`: what the next cutovers raise. `holding_fails`: name → what serving it raises.
     `traffic` and `ledger`: as in the real one; a test writes the requests into the recorder itself.
     """
 

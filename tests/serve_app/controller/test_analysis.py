@@ -1,4 +1,4 @@
-"""When a canary is looked at, and what comes of what is seen: on a clock that a test turns."""
+"""When a canary step is analysed, and what follows: on a clock that a test turns."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ QUERY = Query(address="http://prometheus:9090", query='ratio{r="{canary}",s="{st
 
 
 class Bench:
-    """An analyst, and everything that it looks at and talks to.
+    """An analysis with stand-ins for everything around it.
 
-    `answer`: what each probe does. `fresh`: what happens while replicas report. `events`: what the
-    machine heard.
+    `answer`: called for each probe. `refresh`: called while replicas report. `decide`: called
+    before an event is added to `events`.
     """
 
     def __init__(
@@ -58,18 +58,18 @@ class Bench:
             begun=True,
             placed_at=100.0,
         )
-        self.step_id = CanaryStats()
+        self.canary_stats = CanaryStats()
         self.events: list[Judged] = []
         self.probed: list[tuple[str, str, str, dict[str, Any]]] = []
-        self.freshened = 0
+        self.refreshed = 0
         self.answer: Callable[[], Awaitable[dict[str, float]]] = good
-        self.fresh: Callable[[], Awaitable[None]] = nothing
-        self.feed: Callable[[], Awaitable[None]] = nothing
-        self.analyst = CanaryAnalysis(
-            self.step_id,
+        self.refresh: Callable[[], Awaitable[None]] = nothing
+        self.decide: Callable[[], Awaitable[None]] = nothing
+        self.analysis = CanaryAnalysis(
+            self.canary_stats,
             fleet=lambda: Fleet(stable=STABLE, rollout=self.rollout),
-            fresh=self._fresh,
-            feed=self._feed,
+            refresh=self._refresh,
+            decide=self._decide,
             probing=self,
             transport=transport,
         )
@@ -83,24 +83,24 @@ class Bench:
         self.probed.append((function, canary, stable, dict(options)))
         return await self.answer()
 
-    async def _fresh(self, timeout_s: float) -> None:  # noqa: ARG002
-        self.freshened += 1
-        await self.fresh()
+    async def _refresh(self, timeout_s: float) -> None:  # noqa: ARG002
+        self.refreshed += 1
+        await self.refresh()
 
-    async def _feed(self, event: Judged) -> None:
-        await self.feed()
+    async def _decide(self, event: Judged) -> None:
+        await self.decide()
         self.events.append(event)
 
     def stats(
         self, revision: str = TARGET, *, requests: int, errors: int = 0, chosen: int = 0
     ) -> None:
         counted = RequestStats(requests=requests, errors=errors, chosen=chosen)
-        self.step_id.hear(report(revision, self.rollout.step_id, **{revision: counted}))
+        self.canary_stats.add(report(revision, self.rollout.step_id, **{revision: counted}))
 
     async def look(self, at: float) -> Judged:
-        """What a look at this time tells the machine."""
+        """The verdict of an analysis at this time."""
         seen = len(self.events)
-        self.analyst.tick(at=at)
+        self.analysis.tick(at=at)
         await until(lambda: len(self.events) > seen)
         await settled()
         return self.events[-1]
@@ -110,7 +110,7 @@ class Bench:
             try:
                 await story
             finally:
-                await self.analyst.close()
+                await self.analysis.close()
                 await settled()
             assert asyncio.all_tasks() == {asyncio.current_task()}
 
@@ -140,14 +140,19 @@ async def nothing() -> None:
 # ---- when ---------------------------------------------------------------------------------------
 
 
+async def until_idle() -> None:
+    """Returns once no analysis and no probe runs."""
+    await until(lambda: asyncio.all_tasks() == {asyncio.current_task()}, "a task never ended")
+
+
 async def looks(bench: Bench, times: Sequence[float]) -> list[float]:
     """Those of the ticks at which it looks."""
     found = []
     for at in times:
-        before = bench.freshened
-        bench.analyst.tick(at=at)
-        await until(lambda: bench.analyst._look is None or bench.analyst._look.done())
-        if bench.freshened > before:
+        before = bench.refreshed
+        bench.analysis.tick(at=at)
+        await until_idle()
+        if bench.refreshed > before:
             found.append(at)
     return found
 
@@ -212,7 +217,9 @@ def test_a_plan_without_an_analysis_counts_and_judges_nothing() -> None:
 
     async def story() -> None:
         assert await looks(bench, [100.0, 200.0]) == []
-        assert bench.step_id.name == bench.rollout.step_id, "its share is shown all the same"
+        assert bench.canary_stats.step_id == bench.rollout.step_id, (
+            "its share is shown all the same"
+        )
 
     bench(story())
 
@@ -226,11 +233,11 @@ def test_it_never_looks_twice_at_once() -> None:
         async def wait() -> None:
             await go.wait()
 
-        bench.fresh = wait
+        bench.refresh = wait
         for at in (100.0, 200.0, 300.0):
-            bench.analyst.tick(at=at)
+            bench.analysis.tick(at=at)
             await settled()
-        assert bench.freshened == 1
+        assert bench.refreshed == 1
         go.set()
         await until(lambda: len(bench.events) == 1)
         assert (await bench.look(301.0)).at == 301.0
@@ -249,14 +256,14 @@ def test_a_verdict_has_what_was_counted_and_the_share_that_the_canary_got() -> N
             bench.stats(requests=30, errors=1, chosen=10)
             bench.stats(STABLE, requests=90, chosen=70)
 
-        bench.fresh = reported
+        bench.refresh = reported
         event = await bench.look(100.0)
         verdict = event.verdict
         assert (event.step_id, verdict.outcome, verdict.at) == ("r1.1.1", Outcome.PASS, 100.0)
         assert (verdict.step, verdict.weight, verdict.share) == (0, 10.0, 12.5)
         assert verdict.requests == 80
         assert [each.name for each in verdict.measurements] == ["error_rate"]
-        assert bench.analyst.latest == verdict
+        assert bench.analysis.latest == verdict
 
     bench(story())
 
@@ -265,7 +272,7 @@ def test_one_thing_that_fails_fails_the_step() -> None:
     bench = Bench(checks=[CHECK], probes=[PROBE])
 
     async def story() -> None:
-        bench.analyst.tick(at=0)
+        bench.analysis.tick(at=0)
         bench.answer = for_ever
         bench.stats(requests=30, errors=30)
         verdict = (await bench.look(100.0)).verdict
@@ -282,13 +289,13 @@ def test_an_analysis_that_breaks_is_no_verdict_and_is_done_again() -> None:
         raise OSError("the wire is cut")
 
     async def story() -> None:
-        bench.fresh = broken
+        bench.refresh = broken
         verdict = (await bench.look(100.0)).verdict
         assert (verdict.outcome, verdict.why) == (
             Outcome.INCONCLUSIVE,
             "analysis: the wire is cut",
         )
-        bench.fresh = nothing
+        bench.refresh = nothing
         bench.stats(requests=5)
         assert (await bench.look(101.0)).verdict.outcome is Outcome.PASS
 
@@ -302,16 +309,16 @@ def test_a_machine_that_does_not_take_a_verdict_is_told_the_next() -> None:
         raise OSError("no journal")
 
     async def story() -> None:
-        bench.feed = refused
+        bench.decide = refused
         assert await looks(bench, [100.0]) == [100.0]
         assert bench.events == []
-        bench.feed = nothing
+        bench.decide = nothing
         assert (await bench.look(101.0)).at == 101.0
 
     bench(story())
 
 
-# ---- another step_id ------------------------------------------------------------------------------
+# ---- another step -------------------------------------------------------------------------------
 
 
 def next_step(bench: Bench, **more: Any) -> None:
@@ -319,45 +326,45 @@ def next_step(bench: Bench, **more: Any) -> None:
 
 
 @pytest.mark.parametrize("more", [{}, {"step": 0, "attempt": 2}, {"state": State.ABORTED}])
-def test_the_verdict_on_a_trial_that_ended_meanwhile_is_dropped(more: dict[str, Any]) -> None:
+def test_the_verdict_on_a_step_that_ended_meanwhile_is_dropped(more: dict[str, Any]) -> None:
     bench = Bench(checks=[CHECK], probes=[PROBE])
 
     async def story() -> None:
         async def meanwhile() -> None:
             next_step(bench, **more)
-            bench.analyst.tick(at=100.1)
+            bench.analysis.tick(at=100.1)
 
-        bench.fresh = meanwhile
-        bench.analyst.tick(at=100.0)
-        await until(lambda: bench.analyst._look is not None and bench.analyst._look.done())
+        bench.refresh = meanwhile
+        bench.analysis.tick(at=100.0)
+        await until_idle()
         assert bench.events == []
-        assert bench.probed == [], "a probe of the old step_id would stand for the new one"
-        assert bench.analyst.latest is None
+        assert bench.probed == [], "a probe of the old step would stand for the new one"
+        assert bench.analysis.latest is None
 
     bench(story())
 
 
-def test_a_trial_that_ends_while_prometheus_is_asked_has_no_verdict() -> None:
+def test_a_step_that_ends_while_prometheus_is_asked_has_no_verdict() -> None:
     def answer(_: httpx.Request) -> httpx.Response:
         next_step(bench)
-        bench.analyst.tick(at=100.1)
+        bench.analysis.tick(at=100.1)
         return scalar("0.1")
 
     bench = Bench(queries=[QUERY], transport=httpx.MockTransport(answer))
 
     async def story() -> None:
-        bench.analyst.tick(at=100.0)
-        await until(lambda: bench.analyst._look is not None and bench.analyst._look.done())
+        bench.analysis.tick(at=100.0)
+        await until_idle()
         assert bench.events == []
 
     bench(story())
 
 
-def test_each_trial_is_counted_probed_and_looked_at_from_its_beginning() -> None:
+def test_each_step_is_counted_probed_and_looked_at_from_its_beginning() -> None:
     bench = Bench(checks=[CHECK], probes=[PROBE], interval=1000.0)
 
     async def story() -> None:
-        bench.analyst.tick(at=0)
+        bench.analysis.tick(at=0)
         bench.stats(requests=10, errors=10, chosen=10)
         assert (await bench.look(1100.0)).verdict.requests == 10
         next_step(bench, placed_at=1100.1)
@@ -371,7 +378,7 @@ def test_each_trial_is_counted_probed_and_looked_at_from_its_beginning() -> None
 # ---- probes -------------------------------------------------------------------------------------
 
 
-def test_a_probe_runs_once_in_a_trial_and_its_scores_stay() -> None:
+def test_a_probe_runs_once_in_a_step_and_its_scores_stay() -> None:
     bench = Bench(probes=[PROBE])
 
     async def story() -> None:
@@ -448,13 +455,13 @@ def test_a_probe_that_meets_a_timeout_of_its_own_says_so() -> None:
     bench = Bench(probes=[PROBE])
 
     async def impatient() -> dict[str, float]:
-        raise TimeoutError("nobody answers")
+        raise TimeoutError("no answer")
 
     bench.answer = impatient
 
     async def story() -> None:
         await bench.look(100.0)
-        assert (await bench.look(101.0)).verdict.why == "a.b:c: TimeoutError: nobody answers"
+        assert (await bench.look(101.0)).verdict.why == "a.b:c: TimeoutError: no answer"
 
     bench(story())
 
@@ -465,7 +472,7 @@ def test_a_probe_that_runs_holds_up_nothing_else() -> None:
     async def story() -> None:
         answers = iter([for_ever, good])
         bench.answer = lambda: next(answers)()
-        bench.analyst.tick(at=0)
+        bench.analysis.tick(at=0)
         bench.stats(requests=5)
         await bench.look(100.0)
         found = (await bench.look(101.0)).verdict.measurements
@@ -475,18 +482,17 @@ def test_a_probe_that_runs_holds_up_nothing_else() -> None:
     bench(story())
 
 
-def test_the_probe_of_a_trial_that_ended_is_stopped() -> None:
+def test_the_probe_of_a_step_that_ended_is_stopped() -> None:
     bench = Bench(probes=[PROBE])
     bench.answer = for_ever
 
     async def story() -> None:
         await bench.look(100.0)
-        [task] = bench.analyst._probes.values()
+        [probe] = asyncio.all_tasks() - {asyncio.current_task()}
         next_step(bench, state=State.ABORTED)
-        bench.analyst.tick(at=101.0)
+        bench.analysis.tick(at=101.0)
         await settled()
-        assert task.cancelled()
-        assert bench.analyst._probes == {}
+        assert probe.cancelled()
 
     bench(story())
 
@@ -497,13 +503,13 @@ def test_closing_stops_a_look_and_every_probe() -> None:
 
     async def story() -> None:
         await bench.look(100.0)
-        bench.fresh = for_ever
-        bench.analyst.tick(at=200.0)
+        bench.refresh = for_ever
+        bench.analysis.tick(at=200.0)
         await settled()
         assert len(asyncio.all_tasks()) == 3
-        await bench.analyst.close()
+        await bench.analysis.close()
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        await bench.analyst.close()  # again, or with nothing to stop
+        await bench.analysis.close()  # again, or with nothing to stop
 
     bench(story())
 
@@ -607,7 +613,7 @@ def test_an_answer_that_is_not_one_number_is_inconclusive_whatever_no_data_is(
 def test_a_prometheus_that_cannot_be_reached_is_inconclusive_and_the_rest_is_judged() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         if "ratio" in str(request.url):
-            raise httpx.ConnectError("nobody is there")
+            raise httpx.ConnectError("connection refused")
         return scalar("0.1")
 
     nowhere = Query(address="http://x:port", query="x", max=1)
@@ -620,7 +626,7 @@ def test_a_prometheus_that_cannot_be_reached_is_inconclusive_and_the_rest_is_jud
         found = (await bench.look(100.0)).verdict.measurements
         outcomes = [each.outcome for each in found]
         assert outcomes == ["pass", "inconclusive", "inconclusive", "pass"]
-        assert "nobody is there" in found[1].why
+        assert "connection refused" in found[1].why
 
     bench(story())
 

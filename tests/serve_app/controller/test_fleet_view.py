@@ -117,7 +117,7 @@ def test_the_fleet_shows_short_revisions_and_replicas_in_name_order() -> None:
     assert (shown.journal_uri, shown.warnings) == ("/j", ["careful"])
 
 
-def test_a_replica_that_was_not_heard_of_since_a_restart_shows_nothing_but_its_assignment() -> None:
+def test_a_replica_without_a_report_since_a_restart_shows_nothing_but_its_assignment() -> None:
     shown = view().replicas[0]
     assert (shown.revision, shown.serving, shown.pid) == (None, False, None)
     assert shown.last_seen_s == 1.5
@@ -149,7 +149,7 @@ def test_a_rollout_that_ended_is_no_longer_the_fleets() -> None:
     assert view(ended).rollout is None
 
 
-def test_a_fleet_in_which_nobody_serves_is_not_ready() -> None:
+def test_a_fleet_in_which_no_replica_serves_is_not_ready() -> None:
     assert view().ready
     assert not view(Fleet(stable=OLD.key)).ready
     moving = Fleet(stable=OLD.key, observed={"r1": Observed()})
@@ -203,19 +203,21 @@ def test_a_running_canary_shows_its_step_its_weight_and_what_was_seen_last() -> 
     assert (shown.latest.outcome, shown.latest.at) == ("fail", 99.5)
 
 
-def test_a_canary_says_the_share_that_it_got_beside_the_one_that_it_shall_get() -> None:
+def test_a_canary_says_the_share_that_it_got_and_the_one_that_it_was_to_get() -> None:
     class Counted(CanaryStats):
         def share_of(self, revision: str) -> tuple[float | None, int]:
             return (9.8765, 810) if revision == CANARY.target else (None, 0)
 
     fleet = replace(FLEET, rollout=CANARY)
-    shown = rollout_view(fleet, CANARY, step_id=Counted()).canary
+    shown = rollout_view(fleet, CANARY, stats=Counted()).canary
     assert shown is not None
     assert (shown.weight, shown.share, shown.requests) == (10, 9.88, 810)
     over = replace(CANARY, state=State.ABORTED, ended_at=101.0)
-    shown = rollout_view(replace(FLEET, rollout=over), over, step_id=Counted()).canary
+    shown = rollout_view(replace(FLEET, rollout=over), over, stats=Counted()).canary
     assert shown is not None
-    assert (shown.share, shown.requests) == (None, 0), "the step_id is another one's by now"
+    assert (shown.share, shown.requests) == (None, 0), (
+        "the statistics belong to another step by now"
+    )
 
 
 def test_a_canary_that_waits_says_for_what() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 import shutil
 import threading
 import uuid
@@ -23,7 +22,7 @@ from hotswap_lib import (
     load_adapter,
 )
 from serve_app.controller.images import AdapterStore, ImageShelf
-from serve_app.wire.errors import ImageUnavailable, RevisionLost
+from serve_app.wire.errors import RevisionLost
 from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.fakes import CountingPut
 
@@ -242,10 +241,3 @@ def test_what_is_not_needed_leaves_the_shelf_and_can_be_packed_again(
         assert [image.digest for image in put.images] == [put.images[0].digest] * 2
 
     asyncio.run(story())
-
-
-def test_that_an_image_cannot_be_had_survives_pickle() -> None:
-    error = ImageUnavailable("alpha@1", "no space")
-    again = pickle.loads(pickle.dumps(error))
-    assert str(again) == "the image of alpha@1 is not available: no space"
-    assert isinstance(again, HotswapError)

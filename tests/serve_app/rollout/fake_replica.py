@@ -1,4 +1,4 @@
-"""A replica as the machine meets it: it hears documents, obeys step by step, and reports."""
+"""A replica as the machine meets it: it receives documents, obeys step by step, and reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class FakeReplica:
 
     `is_open`: it admits requests. It closes for the swap and for nothing else. `lost`: the fleet
     counted it as gone while it lived, so it may be anywhere until it serves again. `cannot`: what
-    it fails to serve beside its default.
+    it fails to serve besides its default.
     """
 
     name: str
@@ -29,7 +29,7 @@ class FakeReplica:
     also_serves: set[str] = field(default_factory=set)
     cannot: set[str] = field(default_factory=set)
 
-    def hear(self, doc: Desired) -> None:
+    def receive(self, doc: Desired) -> None:
         """Take a document, unless it is older than the one it acts on."""
         now = self.doc
         if now is None or (doc.epoch, doc.generation) >= (now.epoch, now.generation):
@@ -45,7 +45,7 @@ class FakeReplica:
         return None if self.doc.stage in (None, self.holds, self.staged) else self.doc.stage
 
     def work(self) -> None:
-        """One step of: stage, close, commit and open, serve those beside, stage the next."""
+        """One step of: stage, close, commit and open, serve the others, stage the next."""
         doc = self.doc
         if doc is None or self.gave_up:
             return

@@ -6,7 +6,6 @@ from serve_app.rollout.analysis import Analysis, Check, Measurement, Outcome, Ve
 from serve_app.rollout.documents import Documents
 from serve_app.rollout.events import (
     AbortRequested,
-    Asked,
     Event,
     Judged,
     LoadRequested,
@@ -15,11 +14,13 @@ from serve_app.rollout.events import (
     Reported,
     ResumeRequested,
     RetryRequested,
+    StartRequested,
     Ticked,
     UnloadRequested,
 )
 from serve_app.rollout.machine import advance
 from serve_app.rollout.plan import CanaryStep, InFlight, OnFailure, Placement, Plan, Strategy
+from serve_app.rollout.precondition import Precondition
 from serve_app.rollout.state import (
     Desired,
     Failure,
@@ -34,6 +35,7 @@ from serve_app.rollout.state import (
 
 OLD, NEW, OTHER = "old@1", "new@2", "other@3"
 TENANT = "tenant@4"
+FIRST = "rollout-1"
 WATCHED = Analysis(checks=(Check(metric="error_rate", max=0.01),))
 
 
@@ -52,7 +54,7 @@ def ask(
     at: float = 10.0,
     expected: int | None = None,
     key: str | None = None,
-) -> Asked:
+) -> StartRequested:
     plan = Plan(
         adapter=target,
         strategy=strategy,
@@ -62,7 +64,8 @@ def ask(
         on_failure=on_failure,
         history_limit=history_limit,
     )
-    return Asked(plan=plan, target=target, at=at, expected_generation=expected, key=key)
+    given = Precondition(expected_generation=expected, key=key)
+    return StartRequested(plan=plan, target=target, at=at, precondition=given)
 
 
 def canary(
@@ -75,7 +78,7 @@ def canary(
     on_failure: OnFailure = "rollback",
     history_limit: int = 20,
     at: float = 10.0,
-) -> Asked:
+) -> StartRequested:
     plan = Plan(
         adapter=target,
         strategy="canary",
@@ -87,7 +90,7 @@ def canary(
         on_failure=on_failure,
         history_limit=history_limit,
     )
-    return Asked(plan=plan, target=target, at=at)
+    return StartRequested(plan=plan, target=target, at=at)
 
 
 def step(weight: float, hold: float = 0.0) -> CanaryStep:
@@ -125,33 +128,33 @@ def said(
 def load(
     revision: str = TENANT, *, instead_of: str | None = None, expected: int | None = None
 ) -> LoadRequested:
-    return LoadRequested(
-        revision=revision, instead_of=instead_of, expected_generation=expected, at=12.0
-    )
+    given = Precondition(expected_generation=expected)
+    return LoadRequested(revision=revision, instead_of=instead_of, precondition=given, at=12.0)
 
 
 def unload(revision: str = TENANT, *, expected: int | None = None) -> UnloadRequested:
-    return UnloadRequested(revision=revision, expected_generation=expected, at=12.0)
+    given = Precondition(expected_generation=expected)
+    return UnloadRequested(revision=revision, precondition=given, at=12.0)
 
 
-def abort(at: float = 12.0) -> AbortRequested:
-    return AbortRequested(reason="no good", at=at)
+def abort(id: str = FIRST, *, at: float = 12.0) -> AbortRequested:
+    return AbortRequested(id=id, reason="no good", at=at)
 
 
-def pause(at: float = 12.0) -> PauseRequested:
-    return PauseRequested(at=at)
+def pause(id: str = FIRST, *, at: float = 12.0) -> PauseRequested:
+    return PauseRequested(id=id, at=at)
 
 
-def resume(at: float = 12.0) -> ResumeRequested:
-    return ResumeRequested(at=at)
+def resume(id: str = FIRST, *, at: float = 12.0) -> ResumeRequested:
+    return ResumeRequested(id=id, at=at)
 
 
-def promote(*, full: bool = False, at: float = 12.0) -> PromoteRequested:
-    return PromoteRequested(full=full, at=at)
+def promote(id: str = FIRST, *, full: bool = False, at: float = 12.0) -> PromoteRequested:
+    return PromoteRequested(id=id, full=full, at=at)
 
 
-def retry(at: float = 12.0) -> RetryRequested:
-    return RetryRequested(at=at)
+def retry(id: str = FIRST, *, at: float = 12.0) -> RetryRequested:
+    return RetryRequested(id=id, at=at)
 
 
 def judged(
@@ -202,10 +205,11 @@ def desired(fleet: Fleet, replica: str) -> Desired:
 
 def pending(fleet: Fleet) -> dict[str, Desired]:
     """The documents of replicas whose reported state is not the desired one yet."""
+    documents = Documents(fleet)
     return {
         replica: want
         for replica, seen in fleet.observed.items()
-        if not _is_as_desired(seen, want := desired(fleet, replica))
+        if not _is_as_desired(seen, want := documents.of(replica))
     }
 
 
@@ -235,7 +239,7 @@ def done(replica: str, want: Desired, *, at: float = 11.0) -> Reported:
 
 
 def settled(fleet: Fleet, *, at: float = 11.0) -> Fleet:
-    """Every replica does at once what it was told, until nobody is told anything."""
+    """Every replica does at once what it was told, until no document asks for more."""
     for _ in range(6 * len(fleet.observed) + 12):
         fleet = obeyed(fleet, at=at)
     assert pending(fleet) == {}

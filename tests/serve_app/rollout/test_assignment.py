@@ -39,7 +39,7 @@ ROWS: list[tuple[str, dict[str, Any], list[str]]] = [
         ["r2"],
     ),
     ("not ready, not moved", {"ready": {"r3"}}, ["r3"]),
-    ("nobody is ready", {"ready": set()}, []),
+    ("no replica is ready", {"ready": set()}, []),
     ("there already", {"assigned": dict.fromkeys(REPLICAS, "new")}, []),
     (
         "the rest",
@@ -67,7 +67,7 @@ ROWS: list[tuple[str, dict[str, Any], list[str]]] = [
         [],
     ),
     (
-        "a fleet of one has nobody to keep",
+        "a fleet of one has no replica to keep",
         {"assigned": {"r1": "old"}, "in_service": {"r1"}, "ready": {"r1"}},
         ["r1"],
     ),

@@ -55,7 +55,7 @@ def begun(
     on_failure: OnFailure = "rollback",
     deadline_s: float = 600,
 ) -> Fleet:
-    """Every replica has staged NEW, and none has heard of its share yet."""
+    """Every replica has staged NEW, and none knows of its share yet."""
     asked = canary(
         *(steps or (step(10, 60), step(50, 60))),
         placement=placement,
@@ -99,13 +99,13 @@ def on(fleet: Fleet, revision: str) -> list[str]:
 # ---- shared -------------------------------------------------------------------------------------
 
 
-def test_nobody_gets_the_canary_before_all_have_staged_it() -> None:
+def test_no_request_gets_the_canary_before_all_have_staged_it() -> None:
     fleet = advance(fleet_of(2), canary(step(10)))
     fleet = advance(fleet, said("r1", staged=NEW))
     assert (traffic(fleet), desired(fleet, "r1").also_serves) == (None, ())
 
 
-def test_a_shared_canary_is_beside_stable_on_every_replica_with_its_weight() -> None:
+def test_a_shared_canary_is_served_besides_stable_on_every_replica_with_its_weight() -> None:
     fleet = begun(3)
     for replica in ("r1", "r2", "r3"):
         want = desired(fleet, replica)
@@ -166,7 +166,7 @@ def test_a_canary_of_what_is_stable_already_goes_through_its_steps(placement: Pl
     assert state_of(rolled(fleet, OLD)) is State.SUCCEEDED
 
 
-def test_what_is_loaded_already_is_not_beside_twice_as_the_canary() -> None:
+def test_what_is_loaded_already_is_not_served_twice_as_the_canary() -> None:
     fleet = after(fleet_of(1), load(NEW), load(), canary(step(10, 60)))
     fleet = settled(fleet)
     assert desired(fleet, "r1").also_serves == (NEW, TENANT)
@@ -174,7 +174,7 @@ def test_what_is_loaded_already_is_not_beside_twice_as_the_canary() -> None:
     assert (state_of(fleet), desired(fleet, "r1").also_serves) == (State.ABORTED, (NEW,))
 
 
-def test_a_late_joiner_gets_stable_and_the_canary_beside_it() -> None:
+def test_a_late_joiner_gets_stable_and_also_serves_the_canary() -> None:
     fleet = advance(placed(2), said("late", None, serving=False))
     want = desired(fleet, "late")
     assert (want.hold, want.also_serves, want.traffic) == (OLD, (NEW,), traffic(fleet))
@@ -215,7 +215,7 @@ def test_an_abort_is_not_over_while_a_replica_may_go_by_a_weight_that_it_has_not
     assert state_of(settled(fleet)) is State.ABORTED
 
 
-def test_a_replica_that_cannot_serve_the_canary_beside_stable_fails_it() -> None:
+def test_a_replica_that_cannot_serve_the_canary_besides_stable_fails_it() -> None:
     fleet = begun(2)
     fleet = advance(fleet, said("r1", staged=NEW, failure=broken(NEW, fleet.generation)))
     assert (state_of(fleet), of(fleet).reason) == (State.ABORTING, "replica r1: no luck")
@@ -273,7 +273,7 @@ def test_a_dead_canary_replica_is_replaced() -> None:
     assert (weight(fleet), of(fleet).placed_at, of(fleet).step) == (25, 11, 0)
 
 
-def test_a_step_is_not_left_while_nobody_carries_it() -> None:
+def test_a_step_is_not_left_while_no_replica_carries_it() -> None:
     fleet = placed(3, placement="dedicated")
     fleet = after(fleet, Left(replica="r1", at=20), Left(replica="r2", at=20))
     fleet = later(fleet, 100)
@@ -328,7 +328,7 @@ def test_a_new_plan_takes_the_place_of_a_canary_and_keeps_the_way_back() -> None
     assert rolled(fleet, OTHER).stable == OTHER
 
 
-# ---- a hold that waits for somebody -------------------------------------------------------------
+# ---- a hold that waits for a user ----------------------------------------------------------------
 
 
 def test_a_step_that_is_held_by_hand_waits_to_be_promoted() -> None:
@@ -382,7 +382,7 @@ def test_a_failure_takes_the_canary_back_at_any_time() -> None:
     assert of(fleet).verdicts[-1].outcome is Outcome.FAIL
 
 
-def test_a_failure_waits_for_somebody_when_the_plan_says_so() -> None:
+def test_a_failure_waits_for_a_user_when_the_plan_says_so() -> None:
     fleet = placed(2, watched=True, on_failure="pause")
     fleet = advance(fleet, judged(fleet, Outcome.FAIL))
     assert (state_of(fleet), waits_for(fleet)) == (State.PAUSED, Pause.FAILURE)
@@ -476,7 +476,7 @@ def test_a_replica_that_fails_pauses_the_rollout_when_the_plan_says_so() -> None
     assert (state_of(fleet), waits_for(fleet)) == (State.PAUSED, Pause.FAILURE)
     assert of(fleet).reason == "replica r1: no luck"
     fleet = advance(fleet, Left(replica="r1", at=20))
-    assert on(fleet, NEW) == ["r2"], "nobody else is sent to the target"
+    assert on(fleet, NEW) == ["r2"], "no other replica is sent to the target"
 
 
 def test_a_deadline_pauses_the_rollout_when_the_plan_says_so() -> None:
@@ -496,7 +496,7 @@ def test_a_user_who_pauses_the_steps_suspends_the_deadline() -> None:
 # ---- a controller that dies ---------------------------------------------------------------------
 
 
-def test_a_restart_ends_no_step_before_the_replicas_were_heard() -> None:
+def test_a_restart_ends_no_step_before_the_replicas_have_reported() -> None:
     fleet = restored(placed(2), at=70)
     fleet = later(fleet, 80)
     assert of(fleet).step == 0
@@ -511,11 +511,11 @@ def test_a_restart_does_not_change_the_weight_of_a_dedicated_canary() -> None:
     again = advance(again, said("r2"))
     assert weight(again) == 25
     again = advance(again, said("r1", None, serving=False))
-    assert weight(again) == 0, "it was heard, and does not carry it"
+    assert weight(again) == 0, "it has reported, and does not carry it"
 
 
-def test_a_restart_brings_nobody_back_from_what_it_may_still_serve() -> None:
+def test_a_restart_brings_no_replica_back_from_what_it_may_still_serve() -> None:
     fleet = placed(4, step(50, 60), placement="dedicated")
     fleet = later(restored(advance(fleet, pause()), at=20), 21)
     fleet = after(fleet, abort(at=22))
-    assert on(fleet, NEW) == ["r1", "r2"], "nobody knows yet who else serves"
+    assert on(fleet, NEW) == ["r1", "r2"], "it is not known yet which replicas serve"

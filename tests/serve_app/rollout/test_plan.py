@@ -114,7 +114,7 @@ def test_a_step_that_makes_no_sense_is_refused(step: dict[str, Any], field: str)
     assert {error["loc"][:3] for error in refused.value.errors()} == {("steps", 0, field)}
 
 
-def test_more_steps_than_anybody_needs_are_refused() -> None:
+def test_more_steps_than_any_plan_needs_are_refused() -> None:
     with pytest.raises(ValidationError, match="at most 100 items"):
         canary(steps=[{"weight": (number + 1) / 2} for number in range(101)])
 
@@ -122,7 +122,7 @@ def test_more_steps_than_anybody_needs_are_refused() -> None:
 @pytest.mark.parametrize(
     ("hold", "seconds"), [("90s", 90.0), ("1.5m", 90.0), (3, 3.0), ("manual", 0.0)]
 )
-def test_a_step_is_held_for_a_time_or_until_somebody_promotes_it(hold: Any, seconds: float) -> None:
+def test_a_step_is_held_for_a_time_or_until_a_user_promotes_it(hold: Any, seconds: float) -> None:
     assert CanaryStep(weight=5, hold=hold).hold_s == seconds
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from serve_app.rollout.events import Ticked
 from serve_app.rollout.machine import advance
-from serve_app.rollout.recovery import rebuilt, restored
+from serve_app.rollout.recovery import rebuilt, redeclared, restored
 from serve_app.rollout.state import Desired, Fleet, Observed, State
 from tests.serve_app.rollout.fleets import (
     NEW,
@@ -34,7 +34,7 @@ from tests.serve_app.rollout.fleets import (
 
 
 def documents(fleet: Fleet) -> dict[str, Desired]:
-    """What every replica acts on that has heard of the last decision."""
+    """The documents of replicas that act on the last decision."""
     return {replica: desired(fleet, replica) for replica in fleet.assigned}
 
 
@@ -51,7 +51,7 @@ def test_a_restart_keeps_everything_that_was_intended() -> None:
         assert getattr(again, kept) == getattr(fleet, kept)
 
 
-def test_after_a_restart_in_an_abort_nobody_is_called_back_before_it_was_heard() -> None:
+def test_after_a_restart_in_an_abort_no_replica_is_called_back_before_it_has_reported() -> None:
     fleet = staged_everywhere(advance(fleet_of(4), ask()))
     for replica in ("r1", "r2", "r3"):
         fleet = advance(fleet, said(replica, NEW, staged=NEW))
@@ -65,7 +65,7 @@ def test_after_a_restart_in_an_abort_nobody_is_called_back_before_it_was_heard()
 # ---- from the replicas --------------------------------------------------------------------------
 
 
-def test_what_the_replicas_hold_when_nothing_runs_is_taken_over_and_moves_nobody() -> None:
+def test_what_the_replicas_hold_when_nothing_runs_is_taken_over_and_moves_no_replica() -> None:
     fleet = rolled(after(fleet_of(2), load(), ask()))
     again = rebuilt(documents(fleet), at=99)
     assert (again.epoch, again.generation) == (fleet.epoch + 1, fleet.generation + 1)
@@ -120,7 +120,7 @@ def test_who_holds_something_else_than_stable_shows_that_a_rollout_was_under_way
     again = rebuilt(documents(fleet), at=99)
     assert (state_of(again), of(again).target, again.stable) == (State.ABORTING, NEW, OLD)
     again = advance(again, Ticked(at=100))
-    assert NEW in again.assigned.values(), "in waves, once they were heard"
+    assert NEW in again.assigned.values(), "in waves, once they have reported"
     assert state_of(rolled(again, OLD)) is State.ABORTED
 
 
@@ -138,3 +138,24 @@ def test_a_rollout_after_it_goes_ahead_as_ever() -> None:
     fleet = advance(fleet_of(2), ask())
     again = later(rebuilt(documents(fleet), at=99), 100)
     assert rolled(advance(again, ask(OTHER)), OTHER).stable == OTHER
+
+
+# ---- a deploy with another adapter --------------------------------------------------------------
+
+
+def test_a_declared_adapter_is_stable_and_ends_what_runs() -> None:
+    before = after(fleet_of(2), load(), ask())
+    again = redeclared(before, Fleet(stable=OTHER, history=(OTHER,)), at=99)
+    assert (again.stable, again.history, again.rollout) == (OTHER, (OTHER,), None)
+    assert (again.loaded, again.rollouts) == ((TENANT,), 1)
+    [past] = again.past
+    assert (past.state, past.ended_at) == (State.SUPERSEDED, 99)
+    assert past.reason == "a deploy declared another adapter"
+
+
+def test_a_declared_adapter_keeps_what_the_fleet_remembers() -> None:
+    ended = rolled(advance(fleet_of(2), ask(key="mine")))
+    for before in (fleet_of(2), ended):
+        again = redeclared(before, Fleet(stable=OTHER), at=99)
+        assert (again.keys, len(again.past)) == (before.keys, before.rollouts)
+    assert again.past == (ended.rollout,)

@@ -10,13 +10,15 @@ import pytest
 from serve_app.rollout.analysis import Outcome
 from serve_app.rollout.canary import traffic
 from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
-from serve_app.rollout.events import Requested, UserRequest
+from serve_app.rollout.events import AnyUserRequest
 from serve_app.rollout.machine import advance
 from serve_app.rollout.plan import OnFailure
+from serve_app.rollout.precondition import Precondition
 from serve_app.rollout.state import Fleet, Pause, State
 from tests.serve_app.rollout.fleets import (
     NEW,
     OLD,
+    OTHER,
     WATCHED,
     abort,
     after,
@@ -43,7 +45,7 @@ from tests.serve_app.rollout.fleets import (
     waits_for,
 )
 
-EVERY: list[Requested] = [
+EVERY: list[AnyUserRequest] = [
     ask(),
     abort(),
     pause(),
@@ -56,13 +58,17 @@ EVERY: list[Requested] = [
 ]
 
 
+def keyed(event: AnyUserRequest, key: str) -> AnyUserRequest:
+    return replace(event, precondition=Precondition(key=key))
+
+
 def running(*, on_failure: OnFailure = "rollback") -> Fleet:
     """A canary of two steps, placed on both replicas since 11.0."""
     asked = canary(step(10, 60), step(50, 60), on_failure=on_failure)
     return settled(advance(fleet_of(2), asked))
 
 
-def failed(*, strategy: Callable[..., Requested] = ask, begun: bool = False) -> Fleet:
+def failed(*, strategy: Callable[..., AnyUserRequest] = ask, begun: bool = False) -> Fleet:
     """A rolling rollout that waits since r2 could not."""
     fleet = advance(fleet_of(2), strategy(on_failure="pause"))
     if begun:
@@ -76,33 +82,35 @@ def failed(*, strategy: Callable[..., Requested] = ask, begun: bool = False) -> 
 
 @pytest.mark.parametrize("event", EVERY, ids=lambda event: type(event).__name__)
 @pytest.mark.parametrize("expected", [0, 99])
-def test_who_knows_of_another_decision_is_refused(event: Requested, expected: int) -> None:
+def test_who_knows_of_another_decision_is_refused(event: AnyUserRequest, expected: int) -> None:
     fleet = running()
     with pytest.raises(GenerationMismatch) as refused:
-        advance(fleet, replace(event, expected_generation=expected))
+        advance(fleet, replace(event, precondition=Precondition(expected_generation=expected)))
     assert (refused.value.expected, refused.value.actual) == (expected, fleet.generation)
 
 
-def test_who_knows_of_the_last_decision_is_heard() -> None:
+def test_who_knows_of_the_last_decision_is_accepted() -> None:
     fleet = running()
-    fleet = advance(fleet, replace(pause(), expected_generation=fleet.generation))
+    given = Precondition(expected_generation=fleet.generation)
+    fleet = advance(fleet, replace(pause(), precondition=given))
     assert state_of(fleet) is State.PAUSED
 
 
 def test_the_same_request_a_second_time_changes_nothing_whatever_it_expects() -> None:
     fleet = running()
-    event = replace(promote(), key="mine", expected_generation=fleet.generation)
+    given = Precondition(key="mine", expected_generation=fleet.generation)
+    event = replace(promote(), precondition=given)
     promoted = advance(fleet, event)
     assert (of(promoted).step, promoted.keys) == (1, ("mine",))
     assert advance(promoted, event) == promoted
-    assert of(advance(promoted, replace(event, key="yours", expected_generation=None))).step == 2
+    assert of(advance(promoted, keyed(event, "yours"))).step == 2
 
 
 def test_a_request_that_was_refused_may_be_made_again_under_its_key() -> None:
     fleet = fleet_of(2)
     with pytest.raises(IllegalEvent):
-        advance(fleet, replace(pause(), key="mine"))
-    fleet = after(fleet, ask(), replace(pause(), key="mine"))
+        advance(fleet, keyed(pause(), "mine"))
+    fleet = after(fleet, ask(), keyed(pause(), "mine"))
     assert state_of(fleet) is State.PAUSED
 
 
@@ -115,31 +123,32 @@ def test_a_rollout_is_known_by_the_key_that_it_was_asked_for_with() -> None:
 def test_what_is_remembered_of_keys_stays_small() -> None:
     fleet = fleet_of(1)
     for number in range(250):
-        fleet = advance(fleet, replace(load(), key=f"k{number}"))
+        fleet = advance(fleet, keyed(load(), f"k{number}"))
     assert (len(fleet.keys), fleet.keys[-1]) == (200, "k249")
 
 
 # ---- with nothing to steer ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("event", [pause(), resume(), promote(), retry()])
-def test_what_does_not_run_cannot_be_steered(event: UserRequest) -> None:
-    for fleet in (fleet_of(2), rolled(advance(fleet_of(2), ask()))):
-        with pytest.raises(IllegalEvent, match="no rollout is running"):
-            advance(fleet, event)  # type: ignore[arg-type]
+@pytest.mark.parametrize("event", [abort(), pause(), resume(), promote(), retry()])
+def test_a_rollout_that_is_not_running_cannot_be_changed(event: AnyUserRequest) -> None:
+    ended = rolled(advance(fleet_of(2), ask()))
+    for fleet in (fleet_of(2), ended, advance(ended, ask(OTHER))):
+        with pytest.raises(IllegalEvent, match=r"to change rollout-1 .* it has ended"):
+            advance(fleet, event)
 
 
 @pytest.mark.parametrize("event", [pause(), resume(), promote(), retry()])
-def test_an_abort_cannot_be_turned_around(event: UserRequest) -> None:
+def test_an_abort_cannot_be_turned_around(event: AnyUserRequest) -> None:
     fleet = advance(running(), abort())
-    with pytest.raises(IllegalEvent, match="the rollout is being taken back"):
-        advance(fleet, event)  # type: ignore[arg-type]
+    with pytest.raises(IllegalEvent, match="rollout-1 is aborting"):
+        advance(fleet, event)
 
 
 # ---- pause and resume ---------------------------------------------------------------------------
 
 
-def test_a_pause_sends_nobody_new_to_the_target_until_it_is_resumed() -> None:
+def test_a_pause_sends_no_further_replica_to_the_target_until_it_is_resumed() -> None:
     fleet = staged_everywhere(advance(fleet_of(3), ask()))
     fleet = after(fleet, pause(), said("r1", NEW))
     assert (state_of(fleet), of(fleet).reason) == (State.PAUSED, "paused")
@@ -165,7 +174,7 @@ def test_a_second_pause_and_a_resume_of_what_goes_on_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("event", [resume(at=1e6), promote(at=1e6)])
-def test_a_deadline_does_not_run_while_the_waves_are_paused(event: Requested) -> None:
+def test_a_deadline_does_not_run_while_the_waves_are_paused(event: AnyUserRequest) -> None:
     fleet = staged_everywhere(advance(fleet_of(2), ask(deadline_s=30)))
     fleet = advance(later(advance(fleet, pause()), 1e6), event)
     assert state_of(later(fleet, 1e6 + 29)) is State.PROGRESSING
@@ -263,9 +272,10 @@ def test_a_retry_measures_the_step_again_from_the_start() -> None:
 
 
 def test_what_has_not_failed_is_not_retried() -> None:
-    for fleet in (running(), advance(running(), pause())):
-        with pytest.raises(IllegalEvent, match="nothing has failed"):
-            advance(fleet, retry())
+    with pytest.raises(IllegalEvent, match=r"to retry .* rollout-1 is progressing"):
+        advance(running(), retry())
+    with pytest.raises(IllegalEvent, match="nothing has failed"):
+        advance(advance(running(), pause()), retry())
 
 
 def test_to_ask_again_for_what_waits_after_a_failure_is_to_retry_it() -> None:

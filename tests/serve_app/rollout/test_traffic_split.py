@@ -43,7 +43,7 @@ def test_a_new_weight_counts_from_the_next_request_on() -> None:
 
 @settings(deadline=None)
 @given(session=st.none() | st.text(), start=st.floats(0, 1, exclude_max=True))
-def test_nobody_gets_a_canary_without_a_share_and_everybody_one_with_all_of_it(
+def test_no_request_gets_a_canary_of_0_percent_and_every_request_one_of_100(
     session: str | None, start: float
 ) -> None:
     split = TrafficSplit(start=start)
@@ -82,7 +82,10 @@ def test_another_canary_begins_with_other_sessions() -> None:
 
 
 def test_every_process_places_a_session_the_same() -> None:
-    ask = "from serve_app.rollout.traffic_split import session_position; print(repr(session_position('ann', 'beta@1')))"
+    ask = (
+        "from serve_app.rollout.traffic_split import session_position as position;"
+        "print(repr(position('ann', 'beta@1')))"
+    )
     run = [sys.executable, "-c", ask]
     said = {subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()}
     assert said == {repr(session_position("ann", "beta@1"))} == {"0.3889977451540668"}

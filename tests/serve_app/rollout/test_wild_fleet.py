@@ -11,7 +11,14 @@ from typing import Any, Literal
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from serve_app.controller.journal import Journal, JournalEntry
 from serve_app.rollout.analysis import Outcome
@@ -21,20 +28,21 @@ from serve_app.rollout.documents import Documents
 from serve_app.rollout.errors import GenerationMismatch, IllegalEvent
 from serve_app.rollout.events import (
     AbortRequested,
-    Asked,
+    AnyUserRequest,
     Event,
-    Heard,
     Judged,
     Left,
     LoadRequested,
     PromoteRequested,
+    ReportBatch,
     Reported,
-    Requested,
+    StartRequested,
     Ticked,
     UnloadRequested,
 )
 from serve_app.rollout.machine import advance
 from serve_app.rollout.plan import CanaryStep, InFlight, OnFailure, Placement, Plan, Strategy
+from serve_app.rollout.precondition import Precondition
 from serve_app.rollout.recovery import rebuilt, restored
 from serve_app.rollout.state import Desired, Failure, Fleet, Observed, Pause, Rollout, State
 from tests.serve_app.rollout.fake_replica import FakeReplica
@@ -126,7 +134,7 @@ class WildFleet(RuleBasedStateMachine):
             self.feed(ask(before, history_limit=1000, at=self.now))
             self.every_replica_obeys()
             self.obey(self.replicas["r0"])
-        self.feed(Asked(plan=plan, target=NEW, at=self.now))
+        self.feed(StartRequested(plan=plan, target=NEW, at=self.now))
         for _ in range(rounds):
             self.every_replica_obeys()
         self.patient = patient
@@ -139,9 +147,9 @@ class WildFleet(RuleBasedStateMachine):
         self.feed(self.replicas[name].report(at=self.now))
 
     @rule(which=some_replica)
-    def a_replica_hears(self, which: int) -> None:
+    def a_replica_receives_its_document(self, which: int) -> None:
         if replica := self.pick(which):
-            replica.hear(desired(self.fleet, replica.name))
+            replica.receive(desired(self.fleet, replica.name))
 
     @rule(which=some_replica)
     def a_replica_works(self, which: int) -> None:
@@ -170,7 +178,7 @@ class WildFleet(RuleBasedStateMachine):
             replica.fail()
 
     @rule(which=some_replica, revision=st.sampled_from(TENANTS))
-    def a_replica_cannot_serve_one_beside(self, which: int, revision: str) -> None:
+    def a_replica_cannot_serve_another_one(self, which: int, revision: str) -> None:
         if replica := self.pick(which):
             replica.cannot.add(revision)
 
@@ -189,7 +197,8 @@ class WildFleet(RuleBasedStateMachine):
 
     def a_user_changes_tenants(self, event: LoadRequested | UnloadRequested, *, late: bool) -> None:
         before = self.fleet
-        event = replace(event, at=self.now, expected_generation=before.generation - late)
+        given = Precondition(expected_generation=before.generation - late)
+        event = replace(event, at=self.now, precondition=given)
         if late:
             with pytest.raises(GenerationMismatch):
                 advance(before, event)
@@ -202,7 +211,7 @@ class WildFleet(RuleBasedStateMachine):
         self.feed(event)
         now = self.fleet
         otherwise = replace(otherwise, loaded=now.loaded, generation=now.generation)
-        assert now == otherwise, "it moved somebody, or ended something"
+        assert now == otherwise, "it moved a replica, or ended something"
 
     @rule(which=some_replica)
     def a_report_is_under_way_for_long(self, which: int) -> None:
@@ -238,7 +247,7 @@ class WildFleet(RuleBasedStateMachine):
         if living := self.living():
             some = {each % len(living) for each in which}
             reports = tuple(living[each].report(at=self.now) for each in sorted(some))
-            self.feed(Heard(reports=reports, at=self.now))
+            self.feed(ReportBatch(reports=reports, at=self.now))
 
     @rule()
     def nothing_goes_wrong_for_a_while(self) -> None:
@@ -264,7 +273,7 @@ class WildFleet(RuleBasedStateMachine):
     @precondition(lambda self: self.may_end)
     @rule(revision=st.sampled_from(TARGETS), plan=plans())
     def a_user_asks(self, revision: str, plan: Plan) -> None:
-        asked = Asked(plan=plan, target=revision, at=self.now)
+        asked = StartRequested(plan=plan, target=revision, at=self.now)
         if self.fleet.observed:
             self.feed(asked)
         else:
@@ -272,16 +281,17 @@ class WildFleet(RuleBasedStateMachine):
 
     @rule(what=st.sampled_from([pause, resume, retry, promote]), late=st.booleans())
     def a_user_steers(self, what: Any, late: bool) -> None:
-        event = what(at=self.now)
+        event = what(self.newest, at=self.now)
         if late:
-            event = replace(event, expected_generation=self.fleet.generation - 1)
+            given = Precondition(expected_generation=self.fleet.generation - 1)
+            event = replace(event, precondition=given)
             self.refused(event, by=GenerationMismatch)
             return
         self.may_be_refused(event)
 
     @rule()
     def a_user_promotes_every_step(self) -> None:
-        self.may_be_refused(promote(full=True, at=self.now))
+        self.may_be_refused(promote(self.newest, full=True, at=self.now))
 
     @precondition(lambda self: self.fleet.rollout is not None)
     @rule(outcome=st.sampled_from(Outcome))
@@ -298,11 +308,10 @@ class WildFleet(RuleBasedStateMachine):
     @precondition(lambda self: self.may_end)
     @rule()
     def a_user_aborts(self) -> None:
-        before = self.fleet
-        self.feed(abort(at=self.now))
-        if before.running is None:
-            assert self.fleet == before
+        if self.fleet.running is None:
+            self.refused(abort(self.newest, at=self.now))
             return
+        self.feed(abort(self.newest, at=self.now))
         assert self.fleet.running is None or self.fleet.running.state is State.ABORTING
 
     @rule(seconds=st.sampled_from([0.25, 6.0]))
@@ -320,7 +329,7 @@ class WildFleet(RuleBasedStateMachine):
         assert (again.epoch, again.generation) > (before.epoch, before.generation)
         assert (again.rollout, again.stable) == (before.rollout, before.stable)
         assert again.loaded == before.loaded
-        for name in before.assigned:  # nobody is told anything else, the weights excepted
+        for name in before.assigned:  # the documents stay the same, except for the weights
             was, now = desired(before, name), desired(again, name)
             assert replace(now, epoch=was.epoch, traffic=was.traffic) == was
             assert (now.traffic is None) == (was.traffic is None)
@@ -339,7 +348,7 @@ class WildFleet(RuleBasedStateMachine):
             assert again.stable in {each.stable for each in documents.values()}
         assert again.assigned == {name: doc.hold for name, doc in documents.items()}
         assert again.running is None or again.running.state is State.ABORTING
-        # as the controller does: an epoch that nobody else has had
+        # as the controller does: an epoch that no other controller has had
         self.fleet = replace(again, epoch=max(again.epoch, self.fleet.epoch + 1))
         self.found = {doc.hold for doc in documents.values()}
         self.loaded = list(again.loaded)
@@ -354,7 +363,7 @@ class WildFleet(RuleBasedStateMachine):
     def everything_calms_down(self) -> None:
         """Liveness: nothing fails any more, so the fleet gets to where it shall be.
 
-        What cannot be served beside keeps nobody from it; that comes last.
+        A loaded adapter that cannot be served does not prevent that; it comes last.
         """
         self.mail.clear()
         if not self.living():
@@ -364,7 +373,7 @@ class WildFleet(RuleBasedStateMachine):
             self.now += 0.25
             self.every_replica_obeys()
             self.feed(Ticked(at=self.now))
-            self.somebody_decides()
+            self.a_user_decides()
             if self.fleet.running is None and all(
                 each.holds == self.fleet.stable and each.is_open for each in self.living()
             ):
@@ -379,22 +388,22 @@ class WildFleet(RuleBasedStateMachine):
         assert all(r.holds == self.fleet.stable and r.is_open for r in self.living())
         assert all({r.holds, *r.also_serves} >= set(self.loaded) for r in self.living())
 
-    def somebody_decides(self) -> None:
+    def a_user_decides(self) -> None:
         """What a rollout waits for that only a user or the analysis can give."""
         rollout = self.fleet.running
         if rollout is None or rollout.state is State.ABORTING:
             return
         if rollout.pause is Pause.FAILURE:
             again = rollout.attempt < 3
-            self.feed(retry(at=self.now) if again else abort(at=self.now))
+            self.feed((retry if again else abort)(rollout.id, at=self.now))
         elif rollout.pause is Pause.ASKED:
-            self.feed(resume(at=self.now))
+            self.feed(resume(rollout.id, at=self.now))
         elif rollout.pause is Pause.STEP:
-            self.feed(promote(at=self.now))
+            self.feed(promote(rollout.id, at=self.now))
         elif rollout.current is not None and rollout.begun:
             alone = canaries(len(self.fleet.observed), weight=rollout.current.weight) == 0
             if alone and rollout.plan.placement == "dedicated":
-                self.feed(promote(full=True, at=self.now))
+                self.feed(promote(rollout.id, full=True, at=self.now))
             elif rollout.plan.analysis is not None:
                 self.feed(judged(self.fleet, Outcome.PASS, at=self.now))
 
@@ -416,14 +425,14 @@ class WildFleet(RuleBasedStateMachine):
     def what_is_loaded_is_served_by_all_of_them(self) -> None:
         fleet, now = self.fleet, traffic(self.fleet)
         assert list(fleet.loaded) == self.loaded
-        beside = list(self.loaded)
+        others = list(self.loaded)
         if now is not None and now.placement == "shared" and now.weight > 0:
-            beside += [] if now.canary in beside else [now.canary]
+            others += [] if now.canary in others else [now.canary]
         documents = Documents(fleet)
         for name in [*fleet.assigned, "a late joiner"]:
             want = documents.of(name)
             assert want.hold not in want.also_serves
-            assert list(want.also_serves) == [one for one in beside if one != want.hold]
+            assert list(want.also_serves) == [one for one in others if one != want.hold]
 
     @invariant()
     def no_request_gets_a_canary_that_it_shall_not_get(self) -> None:
@@ -467,7 +476,7 @@ class WildFleet(RuleBasedStateMachine):
                 replica.lost = replica.lost and replica.name not in self.fleet.observed
 
     def check_joiners(self, event: Event, before: Fleet) -> None:
-        reports = event.reports if isinstance(event, Heard) else (event,)
+        reports = event.reports if isinstance(event, ReportBatch) else (event,)
         for report in reports:
             if isinstance(report, Reported) and report.replica not in before.assigned:
                 sent = self.fleet.assigned[report.replica]
@@ -493,7 +502,7 @@ class WildFleet(RuleBasedStateMachine):
         assert event.at >= since + left[0].hold
 
     def check_pause(self, before: Fleet) -> None:
-        """After a failure nobody new is sent to the target, nor behind the steps while paused."""
+        """After a failure no further replica goes to the target, nor behind the steps in a pause."""
         was, now = before.running, self.fleet.running
         if was is None or now is None or was.id != now.id or now.state is not State.PAUSED:
             return
@@ -546,7 +555,7 @@ class WildFleet(RuleBasedStateMachine):
             assert fleet.stable == before.stable
 
     def check_abort(self, before: Fleet) -> None:
-        """Once it is going back, nobody is sent anywhere but to stable; then nobody serves it."""
+        """Once it is going back, replicas are sent to stable only; then none serves it."""
         running = before.running
         ended = running and self.rollouts(self.fleet)[running.id].state is State.ABORTED
         if running and ended and running.target not in {self.fleet.stable, *self.loaded}:
@@ -596,27 +605,31 @@ class WildFleet(RuleBasedStateMachine):
         serving = [r for r in self.present() if r.is_open and self.settled(r)]
         known = [r for r in self.replicas.values() if r.name in self.fleet.observed]
         gone = [r for r in known if r.lost or not r.alive]
-        assert serving or gone or len(self.fleet.assigned) == 1, "nobody serves"
+        assert serving or gone or len(self.fleet.assigned) == 1, "no replica serves"
 
     # ---- helpers ----------------------------------------------------------------------------
+
+    @property
+    def newest(self) -> str:
+        return f"rollout-{self.fleet.rollouts}"
 
     @property
     def may_end(self) -> bool:
         return not self.patient or self.fleet.running is None
 
     def obey(self, replica: FakeReplica) -> None:
-        replica.hear(desired(self.fleet, replica.name))
+        replica.receive(desired(self.fleet, replica.name))
         for _ in range(5):
             replica.work()
         self.feed(replica.report(at=self.now))
 
-    def refused(self, event: Requested, *, by: type[Exception] = IllegalEvent) -> None:
+    def refused(self, event: AnyUserRequest, *, by: type[Exception] = IllegalEvent) -> None:
         kept = copy.deepcopy(self.fleet)
         with pytest.raises(by):
             advance(self.fleet, event)
         assert self.fleet == kept
 
-    def may_be_refused(self, event: Requested) -> None:
+    def may_be_refused(self, event: AnyUserRequest) -> None:
         try:
             advance(self.fleet, event)
         except IllegalEvent:
@@ -669,13 +682,22 @@ class WildFleet(RuleBasedStateMachine):
         return {rollout.id: rollout for rollout in every}
 
 
-TestWildFleet: Any = WildFleet.TestCase
-TestWildFleet.settings = settings(
-    max_examples=200,
-    stateful_step_count=35,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-    # every run looks elsewhere; what it finds becomes an example above
-    database=None,
-    phases=[Phase.generate, Phase.shrink],
-)
+def searched(examples: int) -> settings:
+    return settings(
+        max_examples=examples,
+        stateful_step_count=35,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+        # every run is another one; a failure that is found becomes an example of its own
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+    )
+
+
+def test_the_invariants_hold_in_a_wild_fleet() -> None:
+    run_state_machine_as_test(WildFleet, settings=searched(60))
+
+
+@pytest.mark.slow
+def test_the_invariants_hold_in_many_wild_fleets() -> None:
+    run_state_machine_as_test(WildFleet, settings=searched(1000))
