@@ -287,16 +287,16 @@ def test_one_request_alone_is_scheduled_while_the_scheduler_is_set_to_it(
 
 def test_a_restarted_request_goes_on_with_the_tokens_that_it_has(manager: Counting) -> None:
     async def run(results: Results) -> None:
-        results.ask("one", 200)
+        results.ask("one", 100)
         await until(lambda: results.tokens("one") > 2, "no tokens came")
         with manager.pause():
             manager.scheduler.restart_all()
             assert not manager.scheduler.active_requests, "finish_request leaves it active"
             assert manager.scheduler.awaits_first_token("one")
         output = await results.end("one")
-        assert output.generated_tokens == [FORCED] * 200
+        assert output.generated_tokens == [FORCED] * 100
         positions = [row.position for row in manager.logit_processor.rows]
-        assert positions == list(range(5, 205)), "positions jump when a request starts over"
+        assert positions == list(range(5, 105)), "positions jump when a request starts over"
 
     story(manager, run)
 
