@@ -14,7 +14,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 import torch
@@ -32,8 +32,8 @@ from transformers.generation.continuous_batching.scheduler import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-ManagerOutput = GenerationOutput
-Request = RequestState
+ManagerOutput: TypeAlias = GenerationOutput
+Request: TypeAlias = RequestState
 _SCHEDULER = "hotswap"
 
 

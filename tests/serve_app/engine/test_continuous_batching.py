@@ -356,12 +356,12 @@ def test_a_request_that_is_larger_than_the_cache_fails_alone(
 ) -> None:
     async def story() -> None:
         await small.swap("alpha")
-        beside = asyncio.create_task(small.answer(SHORT, 60))
+        other = asyncio.create_task(small.answer(SHORT, 60))
         await until(lambda: small.engine.admission.running == 1)
         for ids, tokens in [(LONG * 2, 10), (LONG, 200), (SHORT, 1000)]:
             with pytest.raises(GenerationFailed, match="KV cache"):
                 await small.answer(ids, tokens)
-        assert small.is_exact(await beside, SHORT, 60)
+        assert small.is_exact(await other, SHORT, 60)
         assert small.is_exact(await small.answer(LONG), LONG)
         just = await small.answer(LONG, 256 - len(LONG))
         assert small.is_exact(just, LONG, 256 - len(LONG))
