@@ -151,8 +151,8 @@ class Counting(SteppedManager):
 
     def run_step(self) -> None:
         super().run_step()
-        ids = [state.request_id for state in self.last_batch()]
-        self.batches.append((ids, self.ids_with_new_token()))
+        batch, new = self.last_batch(), self.last_batch(new_token=True)
+        self.batches.append(([one.request_id for one in batch], [one.request_id for one in new]))
 
     def run_iteration(self) -> bool:
         self.iterations += 1
@@ -364,17 +364,14 @@ def test_a_probe_runs_like_a_request_and_its_output_can_be_dropped(manager: Coun
 def test_an_exception_in_the_loop_ends_the_thread_and_is_known(
     manager: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    error = ArithmeticError("the loop failed")
-
     def fails() -> bool:
-        raise error
+        raise ArithmeticError("the loop failed")
 
     async def run(_: Results) -> None:
-        assert manager.fatal_error is None
+        assert not manager.failed
         monkeypatch.setattr(manager, "run_iteration", fails)
         await until(
-            lambda: manager.fatal_error is error,
-            "background_thread_status does not tell why the thread ended",
+            lambda: manager.failed, "background_thread_status does not say that the thread ended"
         )
         await until(lambda: not manager.is_running(), "the thread did not end")
 
