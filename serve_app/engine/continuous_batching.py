@@ -93,7 +93,7 @@ class LaneManager(SteppedManager):
 
     @property
     def alive(self) -> bool:
-        return self.is_running() and self.fatal_error is None
+        return bool(self.is_running()) and not self.failed
 
     async def run(
         self,
@@ -177,8 +177,8 @@ class LaneManager(SteppedManager):
     def _note(self, now: float) -> None:
         """Stores first-token times and logprobs of a finished step before it is delivered."""
         # a caller may remove its notes at any moment: look them up once
-        for request_id in self.ids_with_new_token():
-            if notes := self._notes.get(request_id):
+        for state in self.last_batch(new_token=True):
+            if notes := self._notes.get(state.request_id):
                 notes.first_at = notes.first_at or now
         for request_id, logprobs in self._sampler.take().items():
             if notes := self._notes.get(request_id):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are sampled.
+    """Sampling parameters of one request.
 
     Attributes:
         temperature: 0 is greedy.

@@ -14,7 +14,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 import torch
@@ -32,8 +32,8 @@ from transformers.generation.continuous_batching.scheduler import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-ManagerOutput = GenerationOutput
-Request = RequestState
+ManagerOutput: TypeAlias = GenerationOutput
+Request: TypeAlias = RequestState
 _SCHEDULER = "hotswap"
 
 
@@ -69,7 +69,7 @@ class LaneScheduler(FIFOScheduler):  # type: ignore[misc]
             self.add_waiting_request(again)
 
     def restart_all(self) -> None:
-        """Moves every active request back to the queue, so that the KV cache is free."""
+        """Moves all active requests back to the queue, so that the KV cache is free."""
         for request_id in list(self.active_requests):
             self.restart(request_id)
 
@@ -88,10 +88,7 @@ class LaneScheduler(FIFOScheduler):  # type: ignore[misc]
 
 
 def register_scheduler() -> str:
-    """Makes `LaneScheduler` available to every manager. Returns the `scheduler_type` that names it.
-
-    A manager looks its scheduler up in a dict of the module, and no function adds to that dict.
-    """
+    """Lets managers find `LaneScheduler`, in a dict without a public way in. Returns its name."""
     SCHEDULER_MAPPING[_SCHEDULER] = LaneScheduler
     return _SCHEDULER
 
@@ -127,10 +124,9 @@ class SteppedManager(ContinuousBatchingManager):  # type: ignore[misc]
         return scheduler
 
     @property
-    def fatal_error(self) -> Exception | None:
-        """The exception that ended the generation thread."""
-        error: Exception | None = self.background_thread_status.fatal_error
-        return error
+    def failed(self) -> bool:
+        """True after an exception has ended the generation thread."""
+        return self.background_thread_status.fatal_error is not None
 
     # In the generation thread. transformers has no hooks around a step.
 
@@ -150,20 +146,13 @@ class SteppedManager(ContinuousBatchingManager):  # type: ignore[misc]
         assert not bootstrapping, "only asynchronous batching bootstraps"
         return self.run_iteration()
 
-    def last_batch(self) -> list[Request]:
-        """The requests of the last scheduled batch."""
-        return [each.state for each in self.batch_processor.inputs_and_outputs.requests_in_batch]
-
-    def ids_with_new_token(self) -> list[str]:
-        """The requests of the last batch that got a token from it; the others are in prefill."""
+    def last_batch(self, *, new_token: bool = False) -> list[Request]:
+        """The requests of the last batch; `new_token`: without those that are still in prefill."""
         batch = self.batch_processor.inputs_and_outputs.requests_in_batch
-        return [each.state.request_id for each in batch if each.has_new_token]
+        return [each.state for each in batch if each.has_new_token or not new_token]
 
     def fail_request(self, state: Request, error: BaseException) -> None:
-        """Delivers `error` to the caller of a request and removes the request.
-
-        transformers itself only fails whole batches.
-        """
+        """Fails one request with `error`, where transformers only fails whole batches."""
         self.batch_processor._handle_request_error(error, state)
         self.scheduler.finish_request(state.request_id)
 
@@ -171,8 +160,7 @@ class SteppedManager(ContinuousBatchingManager):  # type: ignore[misc]
         """Drops one output of a request without a handler, as a probe is."""
         self.output_router.output_queue.get_nowait()
 
-    # From any other thread. `cancel_request` returns at once, and nothing public says when the
-    # request is out of the batch.
+    # From other threads. `cancel_request` returns at once; nothing public says when it is done.
 
     def is_queued(self, request_id: str) -> bool:
         """True until the generation thread has picked the request up."""
@@ -211,10 +199,8 @@ class NewToken:
     """A row of the scores: the next token of one request.
 
     Attributes:
-        request_id: of the request.
         kwargs: additional keyword arguments of `add_request`.
-        position: of the token in its sequence, prompt included. It does not change when a full
-            KV cache makes the request start over.
+        position: in its sequence, prompt included. The same after the request has started over.
     """
 
     request_id: str
@@ -273,9 +259,8 @@ class LogitsHook(ContinuousBatchingLogitsProcessorList, ABC):  # type: ignore[mi
         scores_BV: torch.Tensor,
         logits_processor_args: torch.Tensor,
     ) -> torch.Tensor:
-        return self.process(
-            scores_BV, logits_processor_args[:, : scores_BV.size(0)].view(torch.float32)
-        )
+        args_AB = logits_processor_args[:, : scores_BV.size(0)].view(torch.float32)
+        return self.process(scores_BV, args_AB)
 
 
 # ---- attention ----------------------------------------------------------------------------------
@@ -308,8 +293,5 @@ def attention_of(model: PreTrainedModel) -> Callable[..., Any]:
 
 def mask_for(layer: nn.Module, mask: Any) -> Any:
     """The mask of this layer, where a model has one for each type of layer."""
-    if isinstance(mask, dict):
-        kinds: Any = layer.config
-        index: Any = layer.layer_idx
-        return mask[kinds.layer_types[index]]
-    return mask
+    found: Any = layer
+    return mask[found.config.layer_types[found.layer_idx]] if isinstance(mask, dict) else mask

@@ -28,7 +28,7 @@ E = TypeVar("E", bound=BatchEngine[Any])
 
 @contextmanager
 def replica_context() -> Iterator[None]:
-    """What `serve.batch` asks for; Ray's own tests do it this way."""
+    """The context that `serve.batch` needs; Ray's own tests make it this way."""
     before = context._INTERNAL_REPLICA_CONTEXT
     context._set_internal_replica_context(
         replica_id=ReplicaID("test", DeploymentID("Model")),
@@ -51,6 +51,7 @@ class Models:
         self._folder = folder
         self.envelope = Envelope(max_rank=8, modules_to_save=list(saved) or None)
         self.paths: dict[str, Path] = {}
+        self._plain: dict[str, Any] = {}
         for seed, name in enumerate(("red", "blue")):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -75,12 +76,15 @@ class Models:
         return pack(str(self.paths[name]), slot.layout)
 
     def plain(self, name: str) -> Any:
-        """What PEFT makes of the adapter; of `base`: the base model."""
+        """A plain PeftModel with the adapter, made once; of `base`: the base model."""
         if name == "base":
             return self.base()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return PeftModel.from_pretrained(self.base(), str(self.paths[name])).eval()
+        if name not in self._plain:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = PeftModel.from_pretrained(self.base(), str(self.paths[name]))
+            self._plain[name] = model.eval()
+        return self._plain[name]
 
 
 class Running(Generic[E]):
@@ -99,7 +103,7 @@ class Running(Generic[E]):
     def close(self) -> None:
         self.engine.stop()
         self._runner.close()
-        # serve.batch asks for an event loop when it is collected, and leaves behind what it makes
+        # serve.batch needs an event loop when it is collected, or makes one and never closes it
         loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
         del self.engine._enter
@@ -126,7 +130,7 @@ def running(engine: E, models: Models) -> Iterator[Running[E]]:
 
 
 def texts(vocabulary: int, *lengths: int) -> list[list[int]]:
-    """Random token ids, always the same; never those below 3, which are special here."""
+    """Random token ids, always the same; none below 3, which are special here."""
     generator = torch.Generator().manual_seed(sum(lengths))
     return [
         torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths

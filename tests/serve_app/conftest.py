@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 
 from hotswap_lib import AdapterImage, Envelope, Layout, Slot, pack, prepare
@@ -16,6 +19,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "serve_app" in item.path.parts:
             item.add_marker(known)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_for_tiny_models() -> None:
+    """Several threads only wait for each other in products this small, most on a busy machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_no_garbage() -> Iterator[None]:
+    """Stopping an engine collects garbage, which takes a second while it looks at all modules."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

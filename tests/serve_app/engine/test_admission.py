@@ -1,4 +1,4 @@
-"""The gate: who waits, who is inside, and when it is empty."""
+"""Admission: requests that wait, requests that run, and the drain."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ from contextlib import suppress
 import pytest
 
 from serve_app.engine.admission import Admission, DrainTimeout
-
-
-async def settled() -> None:
-    """Let every task run until it waits."""
-    for _ in range(5):
-        await asyncio.sleep(0)
+from tests.serve_app.fakes import settled
 
 
 def test_the_gate_starts_closed_and_requests_wait_for_it() -> None:
@@ -30,7 +25,7 @@ def test_the_gate_starts_closed_and_requests_wait_for_it() -> None:
     asyncio.run(story())
 
 
-def test_a_gate_that_closes_again_at_once_lets_nobody_slip_in() -> None:
+def test_a_gate_that_closes_again_at_once_admits_no_request() -> None:
     async def story() -> None:
         gate = Admission()
         waiting = asyncio.create_task(gate.enter())
@@ -44,7 +39,7 @@ def test_a_gate_that_closes_again_at_once_lets_nobody_slip_in() -> None:
     asyncio.run(story())
 
 
-def test_drained_waits_for_those_inside_and_holds_back_those_who_come() -> None:
+def test_a_drain_waits_for_running_requests_and_holds_back_new_ones() -> None:
     async def story() -> None:
         gate = Admission()
         gate.open()
@@ -72,14 +67,14 @@ def test_drained_waits_for_those_inside_and_holds_back_those_who_come() -> None:
     asyncio.run(story())
 
 
-def test_a_drain_that_takes_too_long_leaves_the_gate_open_and_says_who_runs() -> None:
+def test_a_drain_that_takes_too_long_leaves_the_gate_open_and_counts_the_running() -> None:
     async def story() -> None:
         gate = Admission()
         gate.open()
         await gate.enter()
         with pytest.raises(DrainTimeout) as refused:
             async with gate.drained(timeout_s=0.01):
-                raise AssertionError("somebody is inside")
+                raise AssertionError("a request is running")
         assert str(refused.value) == "1 requests were still running after 0.01 s of drain"
         assert gate.is_open
 
@@ -146,7 +141,7 @@ def test_a_cancelled_swap_stops_wherever_it_is(steps: int) -> None:
     asyncio.run(story())
 
 
-def test_cancelling_somebody_who_waits_leaves_nothing_behind() -> None:
+def test_a_cancelled_request_that_waited_leaves_nothing_behind() -> None:
     async def story() -> None:
         gate = Admission()
         waiting = asyncio.create_task(gate.enter())

@@ -40,7 +40,7 @@ SLIDING = {"sliding_window": 16}
 MIXED = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
 NOT_GROUPED = {"num_key_value_heads": 4}  # the paged cache reads it from any config
 
-# architecture → what its config has beside SIZES
+# architecture → its config on top of SIZES
 WHOLE: dict[str, dict[str, Any]] = {
     "Qwen2": {},
     "Qwen3": {"head_dim": 8},
@@ -130,7 +130,7 @@ def llama() -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
 
 
-def test_a_model_without_numbered_layers_or_a_choice_of_attention_stays_as_it_is() -> None:
+def test_a_model_without_numbered_layers_or_a_choice_of_attention_is_unchanged() -> None:
     class Plain(nn.Module):
         _supports_attention_backend = True
 

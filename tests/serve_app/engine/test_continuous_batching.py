@@ -218,7 +218,7 @@ def test_the_engine_can_be_stopped_while_a_bad_request_is_searched_for(
         for error in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(error, (EngineStopped, GenerationFailed))
         assert poison.failed
-        assert fresh.engine.admission.running == 0
+        await until(lambda: fresh.engine.admission.running == 0)
 
     fresh(story())
 
@@ -291,15 +291,15 @@ def test_requests_that_do_not_all_fit_into_the_cache_finish_exactly(
 
     async def story() -> None:
         await small.swap("alpha")
-        alone = await small.answer(SHORT, 150, sampling=sampling)
-        prompts = [SHORT, LONG[:40], [9], [9, 8, 7], LONG[:33]]
+        alone = await small.answer(SHORT, 120, sampling=sampling)
+        prompts = [SHORT, LONG[:40], [9]]
         *steps, sampled = await asyncio.gather(
-            *(small.answer(ids, 150) for ids in prompts),
-            small.answer(SHORT, 150, sampling=sampling),
+            *(small.answer(ids, 120) for ids in prompts),
+            small.answer(SHORT, 120, sampling=sampling),
         )
         assert any(resets), "the cache was large enough"
         for step, ids in zip(steps, prompts, strict=True):
-            assert small.is_exact(step, ids, 150)
+            assert small.is_exact(step, ids, 120)
         assert sampled.token_ids == alone.token_ids
         assert_near(sampled.logprobs, alone.logprobs)
 
@@ -338,13 +338,13 @@ def test_a_bad_request_in_a_full_cache_fails_alone(
 
     async def story() -> None:
         await small.swap("alpha")
-        prompts = [SHORT, [9], [9, 8], LONG[:40]]
-        tasks = [asyncio.create_task(small.answer(ids, 150)) for ids in prompts]
+        prompts = [SHORT, [9], LONG[:40]]
+        tasks = [asyncio.create_task(small.answer(ids, 120)) for ids in prompts]
         await until(lambda: any(resets))
         with pytest.raises(GenerationFailed):
             await small.answer([BAD])
         for step, ids in zip(await asyncio.gather(*tasks), prompts, strict=True):
-            assert small.is_exact(step, ids, 150)
+            assert small.is_exact(step, ids, 120)
         assert poison.failed
         await nothing_is_left(small)
 
@@ -356,12 +356,12 @@ def test_a_request_that_is_larger_than_the_cache_fails_alone(
 ) -> None:
     async def story() -> None:
         await small.swap("alpha")
-        beside = asyncio.create_task(small.answer(SHORT, 60))
+        other = asyncio.create_task(small.answer(SHORT, 60))
         await until(lambda: small.engine.admission.running == 1)
         for ids, tokens in [(LONG * 2, 10), (LONG, 200), (SHORT, 1000)]:
             with pytest.raises(GenerationFailed, match="KV cache"):
                 await small.answer(ids, tokens)
-        assert small.is_exact(await beside, SHORT, 60)
+        assert small.is_exact(await other, SHORT, 60)
         assert small.is_exact(await small.answer(LONG), LONG)
         just = await small.answer(LONG, 256 - len(LONG))
         assert small.is_exact(just, LONG, 256 - len(LONG))
@@ -410,7 +410,7 @@ def test_a_request_that_starts_over_beside_a_bad_one_had_its_first_token_before(
     async def story() -> None:
         await fresh.swap("alpha")
         tasks = [
-            asyncio.create_task(first_tokens(fresh, SHORT, 300, stream=stream))
+            asyncio.create_task(first_tokens(fresh, SHORT, 150, stream=stream))
             for stream in (False, True)
         ]
         scheduler = fresh.manager.scheduler

@@ -20,6 +20,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from hotswap_lib import CompileGuard
 from serve_app.engine.encoder import EncoderEngine
 from serve_app.engine.pooling import Pooling, pool
 from serve_app.replica.serving_encode import EncoderServing
@@ -29,7 +30,7 @@ from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.batching import Models, Running, running, texts
 
 VOCABULARY = 300
-NEAR = {"rtol": 1e-5, "atol": 1e-5}
+NEAR: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 LENGTHS = (1, 2, 5, 8, 9, 16, 17, 31, 40, 64, 3, 7)
 BERT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -341,6 +342,14 @@ def test_one_text_that_fails_ends_the_request_and_nothing_keeps_running(
     assert engine.admission.running == 0
 
 
+def test_an_engine_that_compiles_leaves_the_recompile_limit_of_the_process_alone(
+    encoder: Models,
+) -> None:
+    before = torch.compiler.config.recompile_limit
+    made(encoder, "mean", compile=True)
+    assert torch.compiler.config.recompile_limit == before
+
+
 def test_an_encoder_of_several_kinds_of_layers_compiles_completely(folder: Any) -> None:
     torch.manual_seed(0)
     config = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_heads=2)
@@ -348,11 +357,13 @@ def test_an_encoder_of_several_kinds_of_layers_compiles_completely(folder: Any) 
     inputs = texts(VOCABULARY, *LENGTHS)
     # graphs are captured but not lowered, which would take a minute
     stance = torch.compiler.set_stance("default", force_backend="eager")
+    whole = CompileGuard()
     with stance, running(made(models, "mean", compile=True), models) as started:
         engine = started.engine
 
         async def story() -> torch.Tensor:
             await engine.warm_up()
+            assert whole.limit_hits == 0, "a layer ran eager, since dynamo has too many graphs"
             await started.swap("red")
             return (await rows(engine, inputs))[1]
 

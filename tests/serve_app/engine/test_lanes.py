@@ -1,4 +1,4 @@
-"""Lanes: one revision in each, on a cache that was cleared for it, and nobody is forgotten."""
+"""Lanes: one revision in each, on a cache that was cleared for it, and no request starves."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ A, B, C, D, E, F, G = (Revision(name, "0" * 63 + "1") for name in "abcdefg")
 
 
 class ClearFailed(Exception):
-    """What a cache raises that could not be cleared."""
+    """Raised by a cache that could not be cleared."""
 
 
 class Caches:
-    """What the lanes are for: each holds what one revision left there.
+    """The caches of the lanes: each holds the entries of one revision.
 
     As the engine's does, `clear` remembers its revision when it is done, and does nothing for the
     revision that the cache holds already. `slow`: it takes until `go` is set.
@@ -50,7 +50,7 @@ class Caches:
             await asyncio.sleep(0)
         if revision in self.slow:
             await self.go.wait()
-        assert not +self.inside[lane], "somebody came in before the lane was clear"
+        assert not +self.inside[lane], "a request entered before the lane was clear"
         if revision in self.failing:
             raise ClearFailed(str(revision))
         self.holds[lane] = revision
@@ -103,7 +103,7 @@ class Place:
             self.caches.go_out(lane, revision)
             self.lanes.leave(lane)
 
-    def check_nobody_left_a_trace(self) -> None:
+    def check_nothing_is_left(self) -> None:
         assert [lane.running for lane in self.lanes.all] == [0] * len(self.lanes.all)
         assert not any(lane.closing for lane in self.lanes.all)
         assert not self.lanes.waiting
@@ -134,7 +134,7 @@ def test_requests_of_one_revision_share_its_lane() -> None:
     run(story())
 
 
-def test_revisions_run_beside_each_other_while_there_are_lanes() -> None:
+def test_revisions_run_at_the_same_time_while_there_are_lanes() -> None:
     async def story() -> None:
         place, done = Place(3, wait=False), asyncio.Event()
         users = [asyncio.create_task(place.use(one, done)) for one in (A, B, C)]
@@ -216,12 +216,12 @@ def test_reserving_does_not_wait_when_every_lane_is_busy() -> None:
         assert place.caches.cleared == [A]
         done.set()
         await user
-        place.check_nobody_left_a_trace()
+        place.check_nothing_is_left()
 
     run(story())
 
 
-def test_a_place_where_nobody_waits_refuses_and_says_why() -> None:
+def test_lanes_that_do_not_wait_refuse_and_say_why() -> None:
     async def story() -> None:
         place, done = Place(2, wait=False), asyncio.Event()
         users = [asyncio.create_task(place.use(one, done)) for one in (A, B)]
@@ -233,7 +233,7 @@ def test_a_place_where_nobody_waits_refuses_and_says_why() -> None:
         done.set()
         await asyncio.gather(*users)
         await place.use(C)
-        place.check_nobody_left_a_trace()
+        place.check_nothing_is_left()
 
     run(story())
 
@@ -253,12 +253,12 @@ def test_many_more_revisions_than_lanes_all_get_their_turn_in_the_order_they_cam
         done.set()
         await asyncio.gather(first, *others)
         assert place.order == [A, B, C, D, E, F, G]
-        place.check_nobody_left_a_trace()
+        place.check_nothing_is_left()
 
     run(story())
 
 
-def test_a_lane_that_always_has_newcomers_is_still_given_up_to_whoever_waits() -> None:
+def test_a_lane_that_always_has_newcomers_is_still_given_up_to_a_waiting_revision() -> None:
     async def story() -> None:
         place, stop = Place(1, turn_s=0.005), asyncio.Event()
 
@@ -276,7 +276,7 @@ def test_a_lane_that_always_has_newcomers_is_still_given_up_to_whoever_waits() -
         await until(lambda: A in place.order[seen:], "the busy one never came back")
         stop.set()
         await asyncio.gather(*busy)
-        place.check_nobody_left_a_trace()
+        place.check_nothing_is_left()
 
     run(story())
 
@@ -301,7 +301,7 @@ def test_two_busy_revisions_share_one_lane_in_turns() -> None:
     run(story())
 
 
-def test_nobody_loses_a_lane_before_the_turn_is_over() -> None:
+def test_no_revision_loses_its_lane_before_its_turn_is_over() -> None:
     async def story() -> None:
         place, done = Place(1, turn_s=60), asyncio.Event()
         user = asyncio.create_task(place.use(A, done))
@@ -316,7 +316,7 @@ def test_nobody_loses_a_lane_before_the_turn_is_over() -> None:
     run(story())
 
 
-def test_a_lane_that_was_closing_opens_again_when_nobody_waits_any_more() -> None:
+def test_a_lane_that_was_closing_opens_again_when_no_revision_waits_any_more() -> None:
     async def story() -> None:
         place, done = Place(1), asyncio.Event()
         user = asyncio.create_task(place.use(A, done))
@@ -328,12 +328,12 @@ def test_a_lane_that_was_closing_opens_again_when_nobody_waits_any_more() -> Non
         await asyncio.wait_for(place.use(A), 1)
         done.set()
         await user
-        place.check_nobody_left_a_trace()
+        place.check_nothing_is_left()
 
     run(story())
 
 
-def test_newcomers_get_back_into_their_own_lane_once_nobody_else_waits_for_it() -> None:
+def test_newcomers_get_back_into_their_own_lane_once_no_other_revision_waits_for_it() -> None:
     async def story() -> None:
         place = Place(2)
         a_done, b_done, c_done = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -352,7 +352,7 @@ def test_newcomers_get_back_into_their_own_lane_once_nobody_else_waits_for_it() 
         a_done.set()
         c_done.set()
         await asyncio.gather(a, b, c, newcomer)
-        place.check_nobody_left_a_trace()
+        place.check_nothing_is_left()
 
     run(story())
 
@@ -372,7 +372,7 @@ def test_a_waiter_that_goes_away_leaves_no_trace() -> None:
         done.set()
         await asyncio.gather(user, waiting[1])
         assert place.order == [A, B]
-        place.check_nobody_left_a_trace()
+        place.check_nothing_is_left()
 
     run(story())
 
@@ -388,7 +388,7 @@ def test_a_waiter_that_goes_away_in_the_moment_it_is_let_in_leaves_no_trace() ->
         await cancelled(waiting)
         await after
         assert place.order == [C]
-        place.check_nobody_left_a_trace()
+        place.check_nothing_is_left()
 
     run(story())
 
@@ -410,12 +410,12 @@ def test_a_clear_that_ends_late_does_not_take_the_lane_from_the_next_revision() 
         place.caches.check(0, A)
         done.set()
         await user
-        place.check_nobody_left_a_trace()
+        place.check_nothing_is_left()
 
     run(story())
 
 
-def test_a_lane_that_cannot_be_cleared_lets_nobody_in_and_can_be_used_afterwards() -> None:
+def test_a_lane_that_cannot_be_cleared_admits_no_request_and_can_be_used_afterwards() -> None:
     async def story() -> None:
         place, done = Place(1), asyncio.Event()
         place.caches.failing.add(B)
@@ -432,7 +432,7 @@ def test_a_lane_that_cannot_be_cleared_lets_nobody_in_and_can_be_used_afterwards
         place.caches.failing.clear()
         await place.use(B)
         assert place.order == [A, C, B]
-        place.check_nobody_left_a_trace()
+        place.check_nothing_is_left()
 
     run(story())
 
@@ -451,7 +451,7 @@ def test_a_failed_clear_of_long_ago_does_not_unbind_the_lane() -> None:
         place.caches.go.set()
         failed = await asyncio.gather(*others, return_exceptions=True)
         assert [type(one) for one in failed] == [int, ClearFailed]
-        place.check_nobody_left_a_trace()
+        place.check_nothing_is_left()
 
     run(story())
 
@@ -468,7 +468,7 @@ def test_a_failed_clear_of_long_ago_does_not_unbind_the_lane() -> None:
     steps=st.integers(0, 3),
     wait=st.booleans(),
 )
-def test_whatever_happens_everybody_runs_alone_with_its_revision_on_a_cleared_lane(
+def test_whatever_happens_each_request_runs_alone_with_its_revision_on_a_cleared_lane(
     seed: int, lanes: int, revisions: int, turn_s: float, steps: int, wait: bool
 ) -> None:
     chance = random.Random(seed)
@@ -496,7 +496,7 @@ def test_whatever_happens_everybody_runs_alone_with_its_revision_on_a_cleared_la
             for _ in range(chance.randrange(4)):
                 await asyncio.sleep(0)
         _, pending = await asyncio.wait(tasks, timeout=5)
-        assert not pending, "somebody waits for ever"
+        assert not pending, "a request waits forever"
         allowed = (ClearFailed,) if wait else (ClearFailed, LanesTaken)
         for task in tasks:
             if not task.cancelled():
@@ -505,6 +505,6 @@ def test_whatever_happens_everybody_runs_alone_with_its_revision_on_a_cleared_la
             else:
                 assert task in gone
         await settled()
-        place.check_nobody_left_a_trace()
+        place.check_nothing_is_left()
 
     run(story())

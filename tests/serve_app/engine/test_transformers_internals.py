@@ -151,8 +151,8 @@ class Counting(SteppedManager):
 
     def run_step(self) -> None:
         super().run_step()
-        ids = [state.request_id for state in self.last_batch()]
-        self.batches.append((ids, self.ids_with_new_token()))
+        batch, new = self.last_batch(), self.last_batch(new_token=True)
+        self.batches.append(([one.request_id for one in batch], [one.request_id for one in new]))
 
     def run_iteration(self) -> bool:
         self.iterations += 1
@@ -287,16 +287,16 @@ def test_one_request_alone_is_scheduled_while_the_scheduler_is_set_to_it(
 
 def test_a_restarted_request_goes_on_with_the_tokens_that_it_has(manager: Counting) -> None:
     async def run(results: Results) -> None:
-        results.ask("one", 200)
+        results.ask("one", 100)
         await until(lambda: results.tokens("one") > 2, "no tokens came")
         with manager.pause():
             manager.scheduler.restart_all()
             assert not manager.scheduler.active_requests, "finish_request leaves it active"
             assert manager.scheduler.awaits_first_token("one")
         output = await results.end("one")
-        assert output.generated_tokens == [FORCED] * 200
+        assert output.generated_tokens == [FORCED] * 100
         positions = [row.position for row in manager.logit_processor.rows]
-        assert positions == list(range(5, 205)), "positions jump when a request starts over"
+        assert positions == list(range(5, 105)), "positions jump when a request starts over"
 
     story(manager, run)
 
@@ -364,17 +364,14 @@ def test_a_probe_runs_like_a_request_and_its_output_can_be_dropped(manager: Coun
 def test_an_exception_in_the_loop_ends_the_thread_and_is_known(
     manager: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    error = ArithmeticError("the loop failed")
-
     def fails() -> bool:
-        raise error
+        raise ArithmeticError("the loop failed")
 
     async def run(_: Results) -> None:
-        assert manager.fatal_error is None
+        assert not manager.failed
         monkeypatch.setattr(manager, "run_iteration", fails)
         await until(
-            lambda: manager.fatal_error is error,
-            "background_thread_status does not tell why the thread ended",
+            lambda: manager.failed, "background_thread_status does not say that the thread ended"
         )
         await until(lambda: not manager.is_running(), "the thread did not end")
 
