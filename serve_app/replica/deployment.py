@@ -45,6 +45,9 @@ from serve_app.wire.reports import Answer, Report
 from serve_app.wire.text_score import TextScore
 
 logger = logging.getLogger(__name__)
+# Ray's console shows a line of several processes once, and compares lines without the words that
+# have digits in them, such as ids. An ordinal keeps the lines of the replicas apart.
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
 
 class StartTimeout(Exception):
@@ -94,7 +97,10 @@ class Model:
         if settings.torch_threads is not None:
             torch.set_num_threads(settings.torch_threads)
         self._settings = settings
-        self._replica = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self._replica = context.replica_id.unique_id
+        ordinal = _ORDINALS[context.rank.rank : context.rank.rank + 1]
+        self._name_in_logs = " ".join([*ordinal, "replica", self._replica])
         start = await self._start_engine(began)
         self._control_loop = ControlLoop(
             self._engine, _RemoteController(controller), replica=self._replica, start=start
@@ -134,7 +140,7 @@ class Model:
         )
 
     def _log_phase(self, phase: str, **fields: str) -> None:
-        logger.info(f"replica {self._replica}: {phase}", extra=fields)
+        logger.info(f"{self._name_in_logs}: {phase}", extra=fields)
 
     async def chat(
         self,
