@@ -100,10 +100,14 @@ class Model:
         context = serve.get_replica_context()
         self._replica = context.replica_id.unique_id
         ordinal = _ORDINALS[context.rank.rank : context.rank.rank + 1]
-        self._name_in_logs = " ".join([*ordinal, "replica", self._replica])
+        self._label = " ".join([*ordinal, "replica", self._replica])
         start = await self._start_engine(began)
         self._control_loop = ControlLoop(
-            self._engine, _RemoteController(controller), replica=self._replica, start=start
+            self._engine,
+            _RemoteController(controller),
+            replica=self._replica,
+            start=start,
+            label=self._label,
         )
         try:
             async with asyncio.timeout(settings.start_timeout_s):
@@ -140,7 +144,7 @@ class Model:
         )
 
     def _log_phase(self, phase: str, **fields: str) -> None:
-        logger.info(f"{self._name_in_logs}: {phase}", extra=fields)
+        logger.info(f"{self._label}: {phase}", extra=fields)
 
     async def chat(
         self,
