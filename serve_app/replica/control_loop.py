@@ -46,17 +46,22 @@ class ControlLoop:
         *,
         replica: str,
         start: StartView | None = None,
+        label: str | None = None,
         patience_s: float = 30.0,
     ) -> None:
-        """`patience_s`: an adapter has failed if its image takes longer than this."""
+        """`label`: the replica in log messages; default: its id.
+
+        `patience_s`: an adapter has failed if its image takes longer than this.
+        """
         self._engine = engine
         self._controller = controller
         self._replica = replica
         self._start = start
+        self._label = label or f"replica {replica}"
         self._node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self._changed = asyncio.Event()
         self._reconciler = Reconciler(
-            engine, replica=replica, patience_s=patience_s, on_change=self._changed.set
+            engine, label=self._label, patience_s=patience_s, on_change=self._changed.set
         )
         self._loop = asyncio.create_task(self._run())
 
@@ -73,7 +78,7 @@ class ControlLoop:
             async with asyncio.timeout(_LEAVE_S):
                 await self._controller.leave(self._replica)
         except Exception as error:  # the controller may be gone; it also notices missing reports
-            logger.info(f"replica {self._replica}: left without notice ({first_line(error)})")
+            logger.info(f"{self._label}: left without notice ({first_line(error)})")
 
     def routing_stats(self) -> RoutingStats:
         """The part of the state that routers need (`serve_app.gateway.router`)."""
@@ -99,7 +104,7 @@ class ControlLoop:
                 await self._on_answer(call.result())
             except Exception as error:  # the loop must survive any failure of the controller
                 logger.warning(
-                    f"replica {self._replica}: the controller did not answer "
+                    f"{self._label}: the controller did not answer "
                     f"({first_line(error)}); reporting again"
                 )
                 await asyncio.sleep(_RETRY_S)
@@ -117,7 +122,7 @@ class ControlLoop:
             return
         if now is not None and (want.epoch, want.generation) < (now.epoch, now.generation):
             logger.warning(
-                f"replica {self._replica}: ignored desired state {want.epoch}.{want.generation}, "
+                f"{self._label}: ignored desired state {want.epoch}.{want.generation}, "
                 f"which is older than {now.epoch}.{now.generation}"
             )
             return

@@ -51,6 +51,9 @@ from serve_app.wire.reports import Answer, Report
 from serve_app.wire.text_score import TextScore
 
 logger = logging.getLogger(__name__)
+# Ray's console shows a line of several processes once, and compares lines without the words that
+# have digits in them, such as ids. An ordinal keeps the lines of the replicas apart.
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
 
 class StartTimeout(Exception):
@@ -101,9 +104,15 @@ class Model:
             torch.set_num_threads(settings.torch_threads)
         self._settings = settings
         self._replica = this_replica_id()
+        rank = serve.get_replica_context().rank.rank
+        self._label = " ".join([*_ORDINALS[rank : rank + 1], "replica", self._replica])
         start = await self._start_engine(began)
         self._control_loop = ControlLoop(
-            self._engine, _RemoteController(controller), replica=self._replica, start=start
+            self._engine,
+            _RemoteController(controller),
+            replica=self._replica,
+            start=start,
+            label=self._label,
         )
         try:
             async with asyncio.timeout(settings.start_timeout_s):
@@ -140,7 +149,7 @@ class Model:
         )
 
     def _log_phase(self, phase: str, **fields: str) -> None:
-        logger.info(f"replica {self._replica}: {phase}", extra=fields)
+        logger.info(f"{self._label}: {phase}", extra=fields)
 
     async def chat(
         self,

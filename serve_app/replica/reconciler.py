@@ -43,11 +43,13 @@ class Reconciler:
         self,
         engine: Engine,
         *,
-        replica: str,
+        label: str,
         patience_s: float,
         on_change: Callable[[], None],
     ) -> None:
-        """`patience_s`: an adapter has failed if its image takes longer than this.
+        """`label`: the replica in log messages.
+
+        `patience_s`: an adapter has failed if its image takes longer than this.
 
         `on_change` is called whenever the state of the replica has changed.
         """
@@ -57,7 +59,7 @@ class Reconciler:
         self.refused: dict[str, Failure] = {}
         self.last_swap: SwapView | None = None
         self._engine = engine
-        self._replica = replica
+        self._label = label
         self._patience_s = patience_s
         self._on_change = on_change
         self._answer = Answer()
@@ -130,12 +132,11 @@ class Reconciler:
         try:
             await step(name)
         except ObjectLostError as error:
-            reason = first_line(error)
-            self._warn(name, f"the image of {name} was lost ({reason}); requesting it again")
+            self._warn(name, f"its image was lost ({first_line(error)}); requesting it again")
             await asyncio.sleep(_RETRY_S)
             self.acting_on = None
         except Exception as error:  # without a report the controller would wait for its deadline
-            self._warn(name, f"{name}: {first_line(error)}")
+            self._warn(name, first_line(error))
             self.failure = self._failure_of(name, first_line(error))
             # nothing to serve, and no rollout under way that would bring something
             if not self.ready.done() and self._want.stage is None:
@@ -162,7 +163,7 @@ class Reconciler:
         self.last_swap = _swap_view(image, cutover, in_flight=self._want.in_flight)
         after, commit_us = cutover.receipt.revision, cutover.receipt.commit_us
         logger.info(
-            f"replica {self._replica}: swapped {before} -> {after} in {commit_us:.0f} us",
+            f"{self._label}: swapped {before} -> {after} in {commit_us:.0f} us",
             extra={"revision": str(after)},
         )
 
@@ -195,15 +196,16 @@ class Reconciler:
             self._refuse(name, first_line(error))
 
     def _refuse(self, name: str, reason: str) -> None:
-        self._warn(name, f"{name}: {reason}")
+        self._warn(name, reason)
         self.refused[name] = self._failure_of(name, reason)
         self._staging.forget(name)
 
     def _failure_of(self, name: str, reason: str) -> Failure:
         return Failure(revision=name, reason=reason, generation=self._want.generation)
 
-    def _warn(self, name: str, message: str) -> None:
-        logger.warning(f"replica {self._replica}: {message}", extra={"revision": name})
+    def _warn(self, name: str, reason: str) -> None:
+        revision = str(Revision.parse(name))
+        logger.warning(f"{self._label}: {revision}: {reason}", extra={"revision": revision})
 
 
 def first_line(error: BaseException) -> str:

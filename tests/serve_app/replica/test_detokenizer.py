@@ -9,17 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from serve_app.replica.detokenizer import Detokenizer, TokenNames
-from tests.e2e.tiny_world import TinyWorld
 
 EURO = [0xE2, 0x82, 0xAC]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(world: TinyWorld) -> Any:
-    return AutoTokenizer.from_pretrained(world.model)
 
 
 @pytest.fixture(scope="module")
