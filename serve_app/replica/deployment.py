@@ -15,6 +15,7 @@ from contextlib import aclosing
 from typing import Any
 
 import torch
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from hotswap_lib import Layout

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 
 import huggingface_hub.constants
 import huggingface_hub.hf_api
@@ -40,7 +41,9 @@ class FakeHub:
         self.commits[self.main] = dict(files)
         return self.main
 
-    def push_folder(self, folder: Path, *, prefix: str = "", **more: bytes) -> str:
+    def push_folder(
+        self, folder: Path, more: Mapping[str, bytes] = MappingProxyType({}), *, prefix: str = ""
+    ) -> str:
         """Push the files of a folder, under a prefix, and others by name."""
         files = {f"{prefix}{path.name}": path.read_bytes() for path in folder.iterdir()}
         return self.push({**files, **more})

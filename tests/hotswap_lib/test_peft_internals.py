@@ -216,6 +216,7 @@ def test_a_saved_module_has_a_copy_for_each_adapter() -> None:
     copy = peft_internals.copy_of(wrapper, "default")
     assert isinstance(copy, torch.nn.Linear), message
     assert copy is not original, message
+    assert isinstance(original, torch.nn.Linear), message
     assert torch.equal(copy.weight, original.weight), message
     peft_internals.delete_copy(wrapper, "default")
     assert not peft_internals.has_copy(wrapper, "default"), message

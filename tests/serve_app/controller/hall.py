@@ -271,7 +271,7 @@ def answered(hall: Hall, adapter: str, *, failed: int, of: int) -> None:
     for engine in hall.engines.values():
         [revision] = [one.key for one in engine.serves if one.name == adapter]
         for number in range(of):
-            engine.recorder.write(
+            engine.recorder.record(
                 revision,
                 step_id=engine.recorder.step_id,
                 chosen=True,

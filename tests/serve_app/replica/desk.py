@@ -106,14 +106,14 @@ class Desk:
         ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids
 
-    def chat(self, **more: Any) -> dict[str, Any]:
+    def chat(self, **more: Any) -> Any:
         return asyncio.run(self.answers.whole(chat(**more)))
 
-    def text(self, **more: Any) -> dict[str, Any]:
+    def text(self, **more: Any) -> Any:
         return asyncio.run(self.answers.whole(text(**more)))
 
-    def chunks(self, request: ChatRequest | CompletionRequest) -> list[dict[str, Any]]:
-        async def run() -> list[dict[str, Any]]:
+    def chunks(self, request: ChatRequest | CompletionRequest) -> list[Any]:
+        async def run() -> list[Any]:
             return [chunk async for chunk in self.answers.stream(request)]
 
         return asyncio.run(run())

@@ -69,7 +69,8 @@ def test_a_stream_adds_up_to_the_whole_answer(
     desk.answers = serving(desk.engine, tokenizer, Settings(max_model_len=512), vocabulary=260)
     more = {"stop": stops, "max_tokens": room, "return_token_ids": True}
     for request in (chat(**more, logprobs=True, top_logprobs=1), text(**more, logprobs=1)):
-        [one] = asyncio.run(desk.answers.whole(request))["choices"]
+        document: Any = asyncio.run(desk.answers.whole(request))
+        [one] = document["choices"]
         [other] = joined(desk.chunks(request)).values()
         said_whole = one["text"] if "text" in one else one["message"]["content"]
         assert other == {

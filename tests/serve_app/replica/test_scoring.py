@@ -57,7 +57,7 @@ def test_texts_are_as_likely_as_plain_peft_finds_them_under_either_revision(
         pins = {"alpha": None, "beta": beta}
         scores = await asyncio.gather(*(answers.score(TEXTS, pin) for pin in pins.values()))
         assert running.is_exact(await beside, SHORT, 100)
-        running.engine.drop(running.images["beta"].revision)
+        running.engine.remove(running.images["beta"].revision)
         return dict(zip(pins, scores, strict=True))
 
     for name, scores in running(story()).items():
