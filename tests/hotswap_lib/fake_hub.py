@@ -40,10 +40,12 @@ class FakeHub:
         self.commits[self.main] = dict(files)
         return self.main
 
-    def push_folder(self, folder: Path, *, prefix: str = "", **more: bytes) -> str:
+    def push_folder(
+        self, folder: Path, *, prefix: str = "", more: Mapping[str, bytes] | None = None
+    ) -> str:
         """Push the files of a folder, under a prefix, and others by name."""
         files = {f"{prefix}{path.name}": path.read_bytes() for path in folder.iterdir()}
-        return self.push({**files, **more})
+        return self.push({**files, **(more or {})})
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """The status, headers and body for a path."""
