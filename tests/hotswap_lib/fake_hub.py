@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import MappingProxyType
 
 import huggingface_hub.constants
 import huggingface_hub.hf_api
@@ -42,11 +41,11 @@ class FakeHub:
         return self.main
 
     def push_folder(
-        self, folder: Path, more: Mapping[str, bytes] = MappingProxyType({}), *, prefix: str = ""
+        self, folder: Path, *, prefix: str = "", more: Mapping[str, bytes] | None = None
     ) -> str:
         """Push the files of a folder, under a prefix, and others by name."""
         files = {f"{prefix}{path.name}": path.read_bytes() for path in folder.iterdir()}
-        return self.push({**files, **more})
+        return self.push({**files, **(more or {})})
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """The status, headers and body for a path."""

@@ -31,7 +31,8 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_adapter_is_downloaded_once_and_nothing_else_is(
     hub: FakeHub, adapters: Adapters, tmp_path: Path
 ) -> None:
-    hub.push_folder(adapters["wide"], {"optimizer.pt": b"x" * 100, "adapter_model.bin": b"x"})
+    others = {"optimizer.pt": b"x" * 100, "adapter_model.bin": b"x"}
+    hub.push_folder(adapters["wide"], more=others)
     for _ in range(2):
         adapter = load_adapter("team/bot", cache_dir=tmp_path)
         assert adapter.name == "bot"
