@@ -90,6 +90,8 @@ class ReplicaState:
         return (*(() if self.holds is None else (self.holds,)), *self.also_serves)
 
     def failures_of(self, revision: str) -> list[Failure]:
+        if self.failure is None and not self.refused:  # the machine asks this of every replica
+            return []
         every = (*(() if self.failure is None else (self.failure,)), *self.refused)
         return [failure for failure in every if failure.revision == revision]
 

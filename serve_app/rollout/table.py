@@ -113,6 +113,17 @@ def handles(state: State, event: type[Event]) -> bool:
 # ---- documentation ------------------------------------------------------------------------------
 
 
+_NOTE = """\
+After each event the machine also looks at the reports and at the clock, so that several rows may
+apply one after the other. `Reported` stands for everything that changes the state of the replicas,
+`Ticked` for the time."""
+
+
+def documentation() -> str:
+    """The part of docs/rollouts.md between the marks."""
+    return f"{diagram()}\n\n{_NOTE}\n\n{table()}"
+
+
 def diagram() -> str:
     """A Mermaid state diagram: one arrow for each pair of states, labelled with its events."""
     return "\n".join(["```mermaid", "stateDiagram-v2", *_edges(), "```"])
@@ -143,4 +154,4 @@ def _edges() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print(f"{diagram()}\n\n{table()}")
+    print(documentation())

@@ -28,8 +28,9 @@
     ├── RevisionLost                    revision_lost               controller
     └── ImageUnavailable                image_unavailable           controller
 
-The facts are positional arguments and `__str__` makes the sentence, so each error survives
-`pickle`. `serve_app.gateway.http_errors` maps them to HTTP statuses.
+The file is longer than others, because it is the list of all errors. Their facts are positional
+arguments and `__str__` makes the sentence, so each error survives `pickle`.
+`serve_app.gateway.http_errors` maps them to HTTP statuses.
 """
 
 from __future__ import annotations

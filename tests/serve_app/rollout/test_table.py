@@ -23,7 +23,7 @@ from serve_app.rollout.events import (
 )
 from serve_app.rollout.machine import advance
 from serve_app.rollout.state import ENDS, State
-from serve_app.rollout.table import TABLE, allows, diagram, handles, table
+from serve_app.rollout.table import TABLE, allows, documentation, handles, table
 from serve_app.rollout.walk import to
 from tests.serve_app.rollout.fleets import ask, fleet_of
 
@@ -87,4 +87,4 @@ def test_the_documentation_has_what_the_table_says() -> None:
     marks = r"<!-- table: python -m serve_app.rollout.table -->\n(.*)\n<!-- end of table -->"
     found = re.search(marks, DOCS.read_text(), re.DOTALL)
     assert found is not None
-    assert found[1] == f"{diagram()}\n\n{table()}"
+    assert found[1] == documentation()

@@ -502,7 +502,7 @@ class WildFleet(RuleBasedStateMachine):
         assert event.at >= since + left[0].hold
 
     def check_pause(self, before: Fleet) -> None:
-        """After a failure no further replica goes to the target, nor behind the steps in a pause."""
+        """After a failure no further replica goes to the target, nor behind the steps."""
         was, now = before.running, self.fleet.running
         if was is None or now is None or was.id != now.id or now.state is not State.PAUSED:
             return
