@@ -26,7 +26,6 @@ from tests.serve_app.replica.desk import (
     serving,
 )
 
-
 TEXTS = ["ab", "hello, world", "the tiny model says nothing", "été 🦜"]
 
 
