@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -657,3 +658,21 @@ def test_how_the_replica_started_is_in_every_report(stage: Open) -> None:
             assert one.controller.last.start == START
 
     asyncio.run(story())
+
+
+def test_log_messages_name_the_replica_and_have_the_revision_as_a_field(
+    stage: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story() -> None:
+        async with stage() as one:
+            one.want("alpha", generation=1, also_serves=("beta",), beta=RevisionLost("b", "/x"))
+            await one.until_refused("beta")
+
+    with caplog.at_level(logging.INFO, logger="serve_app.replica"):
+        asyncio.run(story())
+    fields = {record.message: vars(record).get("revision", "") for record in caplog.records}
+    assert all(message.startswith("replica r1: ") for message in fields)
+    [swapped] = [message for message in fields if "swapped" in message]
+    [refused] = [message for message in fields if "/x" in message]
+    assert fields[swapped].startswith("alpha@")
+    assert refused.startswith(f"replica r1: {fields[refused]}: ")
