@@ -156,13 +156,15 @@ def _log(before: Fleet, after: Fleet) -> None:
     was, now = before.rollout, after.rollout
     if now is not None and (was is None or (was.id, was.state) != (now.id, now.state)):
         why = f" ({now.reason})" if now.reason else ""
-        logger.info(f"{now.id} to {_short(now.target)}: {now.state}{why}")
+        target = _short(now.target)
+        fields = {"rollout": now.id, "revision": target}
+        logger.info(f"{now.id} to {target}: {now.state}{why}", extra=fields)
     for name in after.loaded:
         if name not in before.loaded:
-            logger.info(f"loaded adapter {_short(name)}")
+            logger.info(f"loaded adapter {_short(name)}", extra={"revision": _short(name)})
     for name in before.loaded:
         if name not in after.loaded:
-            logger.info(f"unloaded adapter {_short(name)}")
+            logger.info(f"unloaded adapter {_short(name)}", extra={"revision": _short(name)})
 
 
 def _short(revision: str) -> str:
