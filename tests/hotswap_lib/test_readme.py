@@ -68,7 +68,7 @@ def test_the_recipe_for_ci_packs_without_weights_for_the_real_model(
     code = _code("## Images as files").replace('"./support-v2"', "path")
     config: LlamaConfig = tiny.base().config
     names: dict[str, Any] = {
-        **vars(hotswap_lib),
+        **{name: getattr(hotswap_lib, name) for name in hotswap_lib.__all__},
         "AutoModelForCausalLM": AutoModelForCausalLM,
         "config": config,
         "path": adapters["wide"],
