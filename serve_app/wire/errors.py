@@ -28,9 +28,10 @@
     ├── RevisionLost                    revision_lost               controller
     └── ImageUnavailable                image_unavailable           controller
 
-The file is longer than others, because it is the list of all errors. Their facts are positional
-arguments and `__str__` makes the sentence, so each error survives `pickle`.
+The facts are positional arguments and `__str__` makes the sentence, so each error survives `pickle`.
 `serve_app.gateway.http_errors` maps them to HTTP statuses.
+
+Longer than usual: every error is here, so that its code and sentence are found in one place.
 """
 
 from __future__ import annotations
