@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from serve_app.rollout.plan import CanaryStep, Plan
+from serve_app.rollout.plan import CanaryStep, Placement, Plan
 from serve_app.wire.admin import CanaryView, RolloutView
 
 from .fleet import Fleet, eventually
@@ -65,3 +65,35 @@ def revisions(fleet: Fleet, sessions: list[str | None]) -> list[str]:
             return response.headers["x-adapter-revision"]
 
         return list(pool.map(ask, sessions))
+
+
+def check_sessions_and_pins(fleet: Fleet, placement: Placement) -> None:
+    """Sessions stay on their side while the weight grows, and only join. Pins are kept."""
+    rollout = canary(fleet, "gamma", placement=placement)
+    sessions: list[str | None] = [f"user {i}" for i in range(60)]
+    members: list[set[str | None]] = []
+    for step, many in enumerate((range(1, 20), range(15, 50))):
+        at_step(fleet, rollout.id, step)
+
+        def on_canary() -> set[str | None]:
+            got = zip(sessions, revisions(fleet, sessions), strict=True)
+            return {session for session, revision in got if revision == rollout.target}
+
+        def settled(many: range = many) -> set[str | None] | None:
+            """The router sees a new weight up to a second late."""
+            once, again = on_canary(), on_canary()
+            return once if once == again and len(once) in many else None
+
+        members.append(eventually(settled, what="the same sessions on the canary"))
+        if step == 0:
+            fleet.client.promote(rollout.id)
+    assert members[0] < members[1]
+    pins = [rollout.target, rollout.previous]
+    for pin in pins:
+        body = {"prompt": "x", "max_tokens": 1, "model": f"tiny:{pin}"}
+        assert fleet.post(body).headers["x-adapter-revision"] == pin
+        body = {"prompt": "x", "max_tokens": 1}
+        answer = fleet.post(body, headers={"x-adapter-revision": pin})
+        assert answer.headers["x-adapter-revision"] == pin
+    fleet.client.abort(rollout.id)
+    assert ended(fleet, rollout.id).state == "aborted"

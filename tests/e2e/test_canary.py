@@ -7,8 +7,8 @@ from pathlib import Path
 from serve_app.rollout.analysis import Analysis, Check, Limits, Probe
 from serve_app.rollout.plan import CanaryStep
 
-from .canaries import at_step, canary, ended, golden, revisions
-from .fleet import Fleet, Load, eventually
+from .canaries import canary, check_sessions_and_pins, ended, golden
+from .fleet import Fleet, Load
 
 REPLICAS = 2
 
@@ -78,31 +78,4 @@ def test_a_garbage_adapter_is_taken_back_at_its_first_step(fleet: Fleet, tmp_pat
 
 
 def test_sessions_stay_and_only_join_and_pins_are_kept(fleet: Fleet) -> None:
-    rollout = canary(fleet, "gamma", placement="shared")
-    sessions: list[str | None] = [f"user {i}" for i in range(60)]
-    members: list[set[str | None]] = []
-    for step, many in enumerate((range(1, 20), range(15, 50))):
-        at_step(fleet, rollout.id, step)
-
-        def on_canary() -> set[str | None]:
-            got = zip(sessions, revisions(fleet, sessions), strict=True)
-            return {session for session, revision in got if revision == rollout.target}
-
-        def settled(many: range = many) -> set[str | None] | None:
-            """The router sees a new weight up to a second late."""
-            once, again = on_canary(), on_canary()
-            return once if once == again and len(once) in many else None
-
-        members.append(eventually(settled, what="the same sessions on the canary"))
-        if step == 0:
-            fleet.client.promote(rollout.id)
-    assert members[0] < members[1]
-    pins = [rollout.target, rollout.previous]
-    for pin in pins:
-        body = {"prompt": "x", "max_tokens": 1, "model": f"tiny:{pin}"}
-        assert fleet.post(body).headers["x-adapter-revision"] == pin
-        body = {"prompt": "x", "max_tokens": 1}
-        answer = fleet.post(body, headers={"x-adapter-revision": pin})
-        assert answer.headers["x-adapter-revision"] == pin
-    fleet.client.abort(rollout.id)
-    assert ended(fleet, rollout.id).state == "aborted"
+    check_sessions_and_pins(fleet, "shared")

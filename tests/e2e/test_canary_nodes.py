@@ -18,7 +18,7 @@ from serve_app.client import RequestRejected, ServerUnreachable
 from serve_app.rollout.analysis import Analysis, Limits, Probe
 from serve_app.rollout.plan import CanaryStep, Placement
 
-from .canaries import at_step, canary, ended, golden, revisions
+from .canaries import at_step, canary, check_sessions_and_pins, ended, golden, revisions
 from .conftest import CPUS, Cluster, deployed
 from .fleet import Fleet, Load, eventually
 from .tiny_world import TinyWorld
@@ -113,35 +113,8 @@ def test_the_canarys_share_of_the_answers_is_its_weight(
     assert ended(fleet, rollout.id).state == "aborted"
 
 
-def test_sessions_of_a_dedicated_canary_stay_and_only_join(fleet: Fleet) -> None:
-    rollout = canary(fleet, "gamma", placement="dedicated")
-    sessions: list[str | None] = [f"user {i}" for i in range(60)]
-    members: list[set[str | None]] = []
-    for step, many in enumerate((range(1, 20), range(15, 50))):
-        at_step(fleet, rollout.id, step)
-
-        def on_canary() -> set[str | None]:
-            got = zip(sessions, revisions(fleet, sessions), strict=True)
-            return {session for session, revision in got if revision == rollout.target}
-
-        def settled(many: range = many) -> set[str | None] | None:
-            """The router sees a new weight up to a second late."""
-            once, again = on_canary(), on_canary()
-            return once if once == again and len(once) in many else None
-
-        members.append(eventually(settled, what="the same sessions on the canary"))
-        if step == 0:
-            fleet.client.promote(rollout.id)
-    assert members[0] < members[1]
-    pins = [rollout.target, rollout.previous]
-    for pin in pins:
-        body = {"prompt": "x", "max_tokens": 1, "model": f"tiny:{pin}"}
-        assert fleet.post(body).headers["x-adapter-revision"] == pin
-        body = {"prompt": "x", "max_tokens": 1}
-        answer = fleet.post(body, headers={"x-adapter-revision": pin})
-        assert answer.headers["x-adapter-revision"] == pin
-    fleet.client.abort(rollout.id)
-    assert ended(fleet, rollout.id).state == "aborted"
+def test_sessions_of_a_dedicated_canary_stay_and_only_join_and_pins_are_kept(fleet: Fleet) -> None:
+    check_sessions_and_pins(fleet, "dedicated")
 
 
 # ---- a table of what dies at which step -------------------------------------------------------
