@@ -28,8 +28,8 @@
     ├── RevisionLost                    revision_lost               controller
     └── ImageUnavailable                image_unavailable           controller
 
-The facts are positional arguments and `__str__` makes the sentence, so each error survives `pickle`.
-`serve_app.gateway.http_errors` maps them to HTTP statuses.
+The facts are positional arguments and `__str__` makes the sentence, so each error survives
+`pickle`. `serve_app.gateway.http_errors` maps them to HTTP statuses.
 
 Longer than usual: every error is here, so that its code and sentence are found in one place.
 """

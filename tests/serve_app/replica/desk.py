@@ -94,7 +94,7 @@ def serving(
 
 
 class Desk:
-    """GenerationServing over a fake engine that says one text to everything."""
+    """A `GenerationServing` over a fake engine that says one text to everything."""
 
     def __init__(self, tokenizer: Any, said: str = "hello", **more: Any) -> None:
         self.tokenizer = tokenizer

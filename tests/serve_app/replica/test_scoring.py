@@ -89,7 +89,7 @@ def test_a_text_with_an_end_token_in_it_is_scored_up_to_there(
     answers = real(running, tokenizer)
 
     async def story() -> None:
-        [whole], [cut] = await asyncio.gather(
+        whole, [cut] = await asyncio.gather(
             answers.score(["ab<e>"]), answers.score(["ab<e>and more"])
         )
         [same] = whole
