@@ -52,7 +52,7 @@ def on_hub(
     Raises:
         AdapterNotFound: the id is invalid, or the repository cannot be read.
     """
-    prefix = f"{subfolder}/" if subfolder else ""
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     snapshot = hub.download(
         label,
         repo_id,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import AdapterNotFound
 
@@ -35,6 +36,13 @@ def download(
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    class NoBar(tqdm):
+        """`snapshot_download` shows a progress bar even for files in the cache."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
 
     try:
         return Path(
@@ -44,6 +52,7 @@ def download(
                 allow_patterns=[glob.escape(file) for file in files],
                 token=token,
                 cache_dir=cache_dir,
+                tqdm_class=NoBar,
             )
         )
     except HFValidationError as error:

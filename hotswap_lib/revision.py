@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
 from .errors import AdapterNameInvalid
@@ -49,6 +50,7 @@ class Revision:
         return f"{self.name}@{self.digest}"
 
     @classmethod
+    @lru_cache(maxsize=4096)  # a request router parses the keys of every replica at each request
     def parse(cls, key: str) -> Self:
         """The revision with this `key`.
 

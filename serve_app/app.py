@@ -15,7 +15,6 @@ import torch
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
-from ray.serve.schema import LoggingConfig
 
 from hotswap_lib import BASE, AdapterRefused, InvalidEnvelope, load_adapter
 from serve_app.controller.deployment import RolloutController
@@ -49,8 +48,6 @@ def _controller(settings: Settings) -> Application:
         graceful_shutdown_wait_loop_s=_WAIT_LOOP_S,
         health_check_period_s=2,
         health_check_timeout_s=10,
-        # each replica ends a report every `poll_s`: an access log would be nothing else
-        logging_config=LoggingConfig(enable_access_log=False),
         ray_actor_options={"num_cpus": 0},
     ).bind(settings)
 

@@ -15,6 +15,7 @@ import logging
 
 SERVE_LOGGER = "ray.serve"
 _OURS = ("serve_app", "hotswap_lib")
+_ACCESS_LOG = "serve_access_log"  # Serve marks its access records with this field
 
 
 class _ToServe(logging.Handler):
@@ -26,8 +27,12 @@ class _ToServe(logging.Handler):
             serve.handle(record)
 
 
-def attach() -> None:
+def attach(*, access_log: bool = True) -> None:
     """Sends the records of this application to Serve's handlers. To be called in each deployment.
+
+    `access_log` False: Serve does not log the calls of this process. A filter rather than the
+    deployment's `logging_config`, which would hide the operator's own (`applications` in a config
+    file) from the deployment.
 
     A forwarding handler rather than a copy of Serve's handlers: Serve replaces those when its
     logging configuration changes. Calling it again changes nothing.
@@ -38,3 +43,9 @@ def attach() -> None:
             logger.addHandler(_ToServe())
         logger.setLevel(logging.DEBUG)  # Serve's logger decides
         logger.propagate = False
+    if not access_log:
+        logging.getLogger(SERVE_LOGGER).addFilter(_is_no_access)
+
+
+def _is_no_access(record: logging.LogRecord) -> bool:
+    return not getattr(record, _ACCESS_LOG, False)

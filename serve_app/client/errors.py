@@ -14,7 +14,7 @@ class RequestRejected(Exception):
 
     Attributes:
         status: the HTTP status.
-        code: stable, for programs, such as `no_such_rollout`.
+        code: stable, for programs, such as `rollout_not_found`.
         message: one sentence, for people.
     """
 

@@ -19,7 +19,6 @@ from serve_app.controller.images import ImageShelf
 from serve_app.controller.open_reports import OpenReports
 from serve_app.controller.retention import AdapterRetention
 from serve_app.rollout.events import Event, Left, ReportBatch, Reported
-from serve_app.rollout.state import Desired
 from serve_app.wire.errors import Fenced
 
 logger = logging.getLogger(__name__)
@@ -90,12 +89,7 @@ class Decisions:
 
         Raises `Fenced` if another controller decided it.
         """
-        documents = {
-            name: report.acting_on
-            for name, report in self._reports.last().items()
-            if report.acting_on is not None
-        }
-        await self._tasks.complete(self._rebuild(documents))
+        await self._tasks.complete(self._rebuild())
 
     # ---- inside -----------------------------------------------------------------------------
 
@@ -105,7 +99,13 @@ class Decisions:
             assert batch is not None
             await self._decide(ReportBatch(reports=tuple(batch.reports), at=time.time()))
 
-    async def _rebuild(self, documents: dict[str, Desired]) -> None:
+    async def _rebuild(self) -> None:
+        # now, not before: reports that came meanwhile count
+        documents = {
+            name: report.acting_on
+            for name, report in self._reports.last().items()
+            if report.acting_on is not None
+        }
         with self._fencing():
             changed = await self._desired_state.rebuild(documents)
         if changed:

@@ -223,7 +223,7 @@ class RolloutController(Controller):
     """The deployment; scripts reach it with `get_deployment_handle("RolloutController", app)`."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
-        logs.attach()
+        logs.attach(access_log=False)  # each replica ends a report every `poll_s`
         app = serve.get_replica_context().app_name
         uri = settings.state_uri or default_state_uri(app)
         super().__init__(

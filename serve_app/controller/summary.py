@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
 from serve_app.settings import EMBEDDED, Settings
 from serve_app.wire.admin import FleetView
+from serve_app.wire.errors import Fenced
 from serve_app.wire.ray_internals import http_url
 
 logger = logging.getLogger(__name__)
@@ -37,8 +36,10 @@ async def log_summary_when_ready(
                 url = await asyncio.to_thread(http_url, app)
                 view = await fleet()
                 break
-        except (RayError, RayServeException):
-            logger.debug("Serve's controller does not answer", exc_info=True)
+        except Fenced:
+            return  # the other controller logs it
+        except Exception:  # Serve's controller may be away; a summary must not fail anything
+            logger.debug("no summary yet", exc_info=True)
         await asyncio.sleep(_POLL_S)
     text = summary(settings, view, app=app, url=url)
     logger.info(text, extra={"revision": view.stable})

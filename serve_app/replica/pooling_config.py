@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 from transformers.utils import cached_file, has_file
 
 from serve_app.engine.pooling import Pooling
@@ -57,7 +58,12 @@ def _modes(own: Mapping[str, Any]) -> list[str]:
 
 def _read(settings: Settings, path: str, name: str) -> Any:
     """Returns a JSON file of the model's repository, or None if there is none."""
-    if not has_file(path, name, revision=settings.model_revision):
+    revision = settings.model_revision
+    try:
+        exists = has_file(path, name, revision=revision)
+    except httpx.ProxyError:  # the Hub is out of reach: what is in the cache counts
+        exists = has_file(path, name, revision=revision, local_files_only=True)
+    if not exists:
         return None
-    found = cached_file(path, name, revision=settings.model_revision)
+    found = cached_file(path, name, revision=revision)
     return json.loads(Path(found).read_text())

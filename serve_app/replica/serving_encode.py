@@ -94,7 +94,13 @@ class EncoderServing:
 
     async def _token_ids(self, inputs: Sequence[str | list[int]]) -> list[list[int]]:
         limits = self._limits
-        texts = await limits.encode(self._tokenizer, inputs, param="input")
+        texts = await limits.tokenize(
+            [len(text) for text in inputs if isinstance(text, str)],
+            lambda: [
+                self._tokenizer(text)["input_ids"] if isinstance(text, str) else text
+                for text in inputs
+            ],
+        )
         for ids in texts:
             limits.require_tokens(ids)
             if len(ids) > limits.tokens:

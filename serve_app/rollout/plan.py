@@ -47,6 +47,9 @@ class CanaryStep(BaseModel):
         return 0.0 if self.hold == "manual" else self.hold
 
 
+Step = CanaryStep  # its former name, in users' scripts
+
+
 class Plan(BaseModel):
     """Move the fleet to one adapter.
 

@@ -47,6 +47,8 @@ def apply(fleet: Fleet, request: AnyUserRequest) -> Fleet:
     given = request.precondition
     if given.key is not None and given.key in fleet.keys:
         return fleet
+    if isinstance(request, AnyRolloutRequest):
+        _require_running(fleet, request)
     expected = given.expected_generation
     if expected is not None and expected != fleet.generation:
         raise GenerationMismatch(expected, fleet.generation)
@@ -69,7 +71,7 @@ def _apply(fleet: Fleet, request: AnyUserRequest) -> Fleet:
             loaded = tuple(name for name in fleet.loaded if name != request.revision)
             return replace(fleet, loaded=loaded)
         case _:
-            return _steer(fleet, request, _running(fleet, request))
+            return _steer(fleet, request, _steerable(fleet, request))
 
 
 def _start(fleet: Fleet, request: StartRequested) -> Fleet:
@@ -100,11 +102,15 @@ def _start(fleet: Fleet, request: StartRequested) -> Fleet:
     return replace(fleet, rollout=rollout, rollouts=number, past=past[-limit:])
 
 
-def _running(fleet: Fleet, request: AnyRolloutRequest) -> Rollout:
-    """The running rollout, if the request is about it and possible in its state."""
-    rollout = fleet.running
-    if rollout is None or rollout.id != request.id:
+def _require_running(fleet: Fleet, request: AnyRolloutRequest) -> Rollout:
+    if fleet.running is None or fleet.running.id != request.id:
         raise IllegalEvent(f"to change {request.id}", "it has ended")
+    return fleet.running
+
+
+def _steerable(fleet: Fleet, request: AnyRolloutRequest) -> Rollout:
+    """The running rollout, if the request is possible in its state."""
+    rollout = _require_running(fleet, request)
     if not handles(rollout.state, type(request)):
         raise IllegalEvent(f"to {_VERBS[type(request)]}", f"{rollout.id} is {rollout.state}")
     return rollout

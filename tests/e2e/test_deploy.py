@@ -64,7 +64,7 @@ def deploy(cluster: Cluster, world: TinyWorld, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def fleet(cluster: Cluster, world: TinyWorld, deploy: Deploy) -> Iterator[Fleet]:
-    done = deploy(replicas=2)
+    done = deploy(replicas=1)
     assert done.returncode == 0, done
     fleet = Fleet(url=f"http://127.0.0.1:{cluster.port}/deploy", app="deploy", world=world)
     with fleet.client:
@@ -73,16 +73,16 @@ def fleet(cluster: Cluster, world: TinyWorld, deploy: Deploy) -> Iterator[Fleet]
 
 
 def test_serve_deploy_brings_up_a_fleet_on_the_declared_adapter(fleet: Fleet) -> None:
-    view = fleet.settle(replicas=2)
+    view = fleet.settle(replicas=1)
     assert {r.revision for r in view.replicas} == {fleet.world.revision("alpha")}
 
 
 def test_a_late_joiner_serves_what_the_fleet_holds_and_nobody_restarts(
     fleet: Fleet, deploy: Deploy
 ) -> None:
-    before = {r.id for r in fleet.settle(replicas=2).replicas}
+    before = {r.id for r in fleet.settle(replicas=1).replicas}
     held = fleet.roll("gamma")
-    deploy(replicas=3)
-    view = fleet.settle(replicas=3)
+    deploy(replicas=2)
+    view = fleet.settle(replicas=2)
     assert {r.revision for r in view.replicas} == {held}
     assert before < {r.id for r in view.replicas}

@@ -20,7 +20,7 @@ from .conftest import Cluster, deployed
 from .fleet import Fleet, code_of, eventually
 from .tiny_world import TinyWorld
 
-LONG: dict[str, Any] = {"prompt": "go on", "max_tokens": 1500, "temperature": 0}
+LONG: dict[str, Any] = {"prompt": "go on", "max_tokens": 800, "temperature": 0}
 SHORT: dict[str, Any] = {"prompt": "short", "max_tokens": 4, "temperature": 0}
 
 
@@ -66,7 +66,7 @@ def assert_free(fleet: Fleet) -> None:
     """Nobody's place is lost: two run and two wait, as before."""
     fleet.until_running(0)
     with ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(fleet.post, LONG | {"max_tokens": 1000}) for _ in range(2)]
+        running = [pool.submit(fleet.post, LONG | {"max_tokens": 300}) for _ in range(2)]
         fleet.until_running(2)
         waiting = [pool.submit(fleet.post, SHORT) for _ in range(2)]
         answers = [future.result() for future in (*running, *waiting)]
@@ -100,6 +100,7 @@ def test_a_stream_that_nobody_reads_holds_up_nobody_and_is_whole_when_it_is_read
     assert grown < 40 * size + 32 * 2**20, (grown, size)
 
 
+@pytest.mark.slow
 def test_a_replica_that_is_killed_breaks_its_streams_and_the_next_one_answers(
     fleet: Fleet,
 ) -> None:
@@ -157,6 +158,7 @@ def test_while_no_replica_has_come_up_requests_are_refused_at_once(
         serve.delete("starting")
 
 
+@pytest.mark.slow
 def test_an_application_that_is_deleted_finishes_what_it_runs(
     cluster: Cluster, tireless: TinyWorld
 ) -> None:
@@ -188,6 +190,7 @@ def tight(cluster: Cluster, tireless: TinyWorld) -> Iterator[Fleet]:
 TOO_LONG = LONG | {"n": 16, "max_tokens": 4000}
 
 
+@pytest.mark.slow
 def test_a_request_past_its_deadline_is_504_and_gone(tight: Fleet) -> None:
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(tight.post, TOO_LONG)
@@ -199,6 +202,7 @@ def test_a_request_past_its_deadline_is_504_and_gone(tight: Fleet) -> None:
     tight.until_running(0)
 
 
+@pytest.mark.slow
 def test_where_lanes_refuse_a_busy_one_is_429_for_another_revision(tight: Fleet) -> None:
     load = {"lora_name": "beta", "lora_path": str(tight.world.adapter("beta"))}
     assert tight.post(load, path="/v1/load_lora_adapter").status_code == 200

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ray.serve._private.common import ServeComponentType
-from ray.serve._private.logging_utils import configure_component_logger
+from ray.serve._private.logging_utils import configure_component_logger, log_access_log_filter
 from ray.serve.schema import LoggingConfig
 
 from serve_app import logs
@@ -48,6 +48,7 @@ def configure(tmp_path: Path) -> Iterator[Configure]:
         logger = logging.getLogger(name)
         close_handlers(logger, keep=handlers)
         logger.level, logger.propagate, logger.handlers = level, propagate, handlers
+        logger.filters.clear()
 
 
 def close_handlers(logger: logging.Logger, *, keep: list[logging.Handler]) -> None:
@@ -92,6 +93,17 @@ def test_the_level_is_the_one_that_serve_has_at_that_moment(configure: Configure
     read = configure("verbose", log_level="DEBUG")  # as Serve does for a new logging_config
     logger.debug("shown")
     assert [line.rpartition(" -- ")[2] for line in read()] == ["shown"]
+
+
+def test_a_process_can_leave_out_serves_access_log(configure: Configure) -> None:
+    read = configure()
+    logs.attach(access_log=False)
+    serve = logging.getLogger(logs.SERVE_LOGGER)
+    serve.info("CALL report OK 2003.5ms", extra={"serve_access_log": True})
+    serve.info("something else")
+    assert [line.rpartition(" -- ")[2] for line in read()] == ["something else"]
+    record = logging.makeLogRecord({"serve_access_log": True})
+    assert not log_access_log_filter(record), "Serve marks its access records in another way now"
 
 
 def test_attaching_twice_does_not_write_a_record_twice(configure: Configure) -> None:

@@ -338,8 +338,10 @@ def test_a_user_who_goes_away_while_an_adapter_fails_leaves_nothing_half_loaded(
         async with Hall(world, tmp_path) as hall:
             await hall.replicas("r1", "r2")
             hall.engines["r2"].holding_fails["beta"] = RuntimeError("no memory")
+            before = (await hall.controller.fleet()).generation
             loading = asyncio.create_task(hall.load("beta"))
-            await hall.until_fleet(lambda fleet: bool(fleet.loaded))
+            # not: until it is loaded, which is over at once
+            await hall.until_fleet(lambda fleet: fleet.generation > before)
             loading.cancel()
             await hall.until_fleet(lambda fleet: not fleet.loaded)
             await until(lambda: hall.also_serves() == [set(), set()])

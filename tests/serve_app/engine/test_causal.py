@@ -58,6 +58,7 @@ DORA: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"], "use_dora": Tru
 HEAD: dict[str, Any] = {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"], "r": 2}
 
 
+@pytest.mark.slow
 def test_dora_and_saved_heads_are_served_exactly_by_a_compiled_model(
     world: TinyWorld, tmp_path: Path
 ) -> None:

@@ -89,6 +89,13 @@ def test_who_knows_of_another_decision_is_refused(event: AnyUserRequest, expecte
     assert (refused.value.expected, refused.value.actual) == (expected, fleet.generation)
 
 
+def test_a_rollout_that_has_ended_is_named_before_the_generation_is_compared() -> None:
+    fleet = running()
+    request = replace(pause(), id="rollout-7", precondition=Precondition(expected_generation=0))
+    with pytest.raises(IllegalEvent, match=r"to change rollout-7 .* it has ended"):
+        advance(fleet, request)
+
+
 def test_who_knows_of_the_last_decision_is_accepted() -> None:
     fleet = running()
     given = Precondition(expected_generation=fleet.generation)

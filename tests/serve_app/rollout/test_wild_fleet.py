@@ -285,7 +285,9 @@ class WildFleet(RuleBasedStateMachine):
         if late:
             given = Precondition(expected_generation=self.fleet.generation - 1)
             event = replace(event, precondition=given)
-            self.refused(event, by=GenerationMismatch)
+            running = self.fleet.running
+            is_running = running is not None and running.id == self.newest
+            self.refused(event, by=GenerationMismatch if is_running else IllegalEvent)
             return
         self.may_be_refused(event)
 
