@@ -647,7 +647,7 @@ class WildFleet(RuleBasedStateMachine):
         """Of the default, of what is staged, and of a canary besides the default."""
         states = [seen.state for seen in self.fleet.observed.values() if seen.state]
         found = [state.failure for state in states if state.failure]
-        rollout = self.fleet.running
+        rollout = self.fleet.rollout  # it may have ended with this event
         return found + [f for s in states if rollout for f in s.failures_of(rollout.target)]
 
     def seen(self, name: str) -> Observed:
