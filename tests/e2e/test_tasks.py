@@ -24,7 +24,7 @@ from tests.serve_app.batching import Models
 
 from .conftest import Cluster, deployed
 from .fleet import Fleet
-from .tiny_world import TinyWorld, _tokenizer
+from .tiny_world import TinyWorld, tiny_tokenizer
 
 BERT: dict[str, Any] = {
     "vocab_size": 260,
@@ -41,7 +41,7 @@ TEXTS = ["short", "a text that is somewhat longer", "x"]
 def saved(model: PreTrainedModel, folder: Path, *heads: str, **more: Any) -> Models:
     """The base model with a tokenizer, and two adapters for it."""
     model.save_pretrained(folder / "base")
-    _tokenizer().save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
     return Models(model, folder, saved=heads, **more)
 
 
@@ -71,7 +71,7 @@ def client(fleet: Fleet) -> openai.OpenAI:
 
 
 def ids(text: str) -> list[int]:
-    found: list[int] = _tokenizer()(text)["input_ids"]
+    found: list[int] = tiny_tokenizer()(text)["input_ids"]
     return found
 
 

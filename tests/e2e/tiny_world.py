@@ -48,7 +48,7 @@ class TinyWorld:
         """What a plain PeftModel (or the base) generates greedily; each computed once."""
         key = (revision, tuple(prompt_ids), new_tokens)
         if key not in self.answers:
-            model = self._plain(revision)
+            model = self.plain(revision)
             ids = torch.tensor([prompt_ids])
             with torch.no_grad():
                 out = model.generate(
@@ -60,7 +60,7 @@ class TinyWorld:
             self.answers[key] = out[0, len(prompt_ids) :].tolist()
         return self.answers[key]
 
-    def _plain(self, revision: str) -> Any:
+    def plain(self, revision: str) -> Any:
         base = LlamaForCausalLM.from_pretrained(self.model)
         if revision.startswith("base@"):
             return base.eval()
@@ -86,7 +86,7 @@ def make_world(folder: Path) -> TinyWorld:
         pad_token_id=259,
     )
     LlamaForCausalLM(config).save_pretrained(world.model)
-    _tokenizer().save_pretrained(world.model)
+    tiny_tokenizer().save_pretrained(world.model)
     for seed, (name, lora) in enumerate(_CONFIGS.items(), start=1):
         base = LlamaForCausalLM.from_pretrained(world.model)
         model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora))
@@ -98,7 +98,7 @@ def make_world(folder: Path) -> TinyWorld:
     return world
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {char: i for i, char in enumerate(alphabet)}

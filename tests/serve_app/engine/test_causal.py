@@ -401,7 +401,7 @@ def test_logprobs_are_those_of_a_plain_model_one_for_each_token(
         step = seen[-1]
         for one in seen:
             assert len(one.logprobs) == len(one.token_ids)
-        model = eager.world._plain(step.revision)
+        model = eager.world.plain(step.revision)
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([LONG + step.token_ids])).logits[0]
         expected = logits[len(LONG) - 1 : -1].float().log_softmax(-1)

@@ -61,7 +61,7 @@ def test_texts_are_as_likely_as_plain_peft_finds_them_under_either_revision(
         return dict(zip(pins, scores, strict=True))
 
     for name, scores in running(story()).items():
-        plain = world._plain(world.revision(name))
+        plain = world.plain(world.revision(name))
         for text, score in zip(TEXTS, scores, strict=True):
             ids = tokenizer(text)["input_ids"]
             assert score.tokens == len(ids) - 1
