@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from transformers.utils.logging import disable_progress_bar
 
 from hotswap_lib import Layout
 from serve_app import logs
@@ -100,6 +101,7 @@ class Model:
         self, settings: Settings, controller: DeploymentHandle
     ) -> None:
         logs.attach()
+        disable_progress_bar()  # of loading weights: on a console of many replicas only noise
         began = time.monotonic()
         if settings.torch_threads is not None:
             torch.set_num_threads(settings.torch_threads)
