@@ -44,15 +44,14 @@ class EncoderServing:
 
     async def embeddings(
         self,
-        request: EmbeddingRequest | dict[str, Any],
+        request: EmbeddingRequest,
         pin: str | None = None,
         session: str | None = None,
     ) -> EmbeddingList:
         """Returns OpenAI's list of embeddings. Raises `InvalidRequest`, and as `Engine.admit`."""
-        asked = EmbeddingRequest.model_validate(request)
-        revision, tokens, vectors = await self._rows(asked.input, pin, session)
+        revision, tokens, vectors = await self._rows(request.input, pin, session)
         return embedding_document(
-            asked,
+            request,
             vectors,
             model=self._model,
             revision=revision,
@@ -62,15 +61,14 @@ class EncoderServing:
 
     async def classify(
         self,
-        request: ClassifyRequest | dict[str, Any],
+        request: ClassifyRequest,
         pin: str | None = None,
         session: str | None = None,
     ) -> ClassificationList:
         """Returns vLLM's document of classes. Raises `InvalidRequest`, and as `Engine.admit`."""
-        asked = ClassifyRequest.model_validate(request)
-        revision, tokens, probs = await self._rows(asked.input, pin, session)
+        revision, tokens, probs = await self._rows(request.input, pin, session)
         return classification_document(
-            asked,
+            request,
             probs,
             self._labels,
             model=self._model,

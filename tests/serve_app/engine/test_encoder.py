@@ -11,11 +11,9 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    BertModel,
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaModel,
-    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
 )
@@ -23,24 +21,18 @@ from transformers import (
 from hotswap_lib import CompileGuard
 from serve_app.engine.encoder import EncoderEngine
 from serve_app.engine.pooling import Pooling, pool
-from serve_app.replica.serving_encode import EncoderServing
-from serve_app.settings import Settings
-from serve_app.wire.errors import InvalidRequest
-from tests.e2e.tiny_world import TinyWorld
 from tests.serve_app.batching import Models, Running, running, texts
+from tests.serve_app.encoders import (
+    BERT,
+    NEAR,
+    VOCABULARY,
+    bert_classifier,
+    bert_encoder,
+    made,
+    plain_vectors,
+)
 
-VOCABULARY = 300
-NEAR: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 LENGTHS = (1, 2, 5, 8, 9, 16, 17, 31, 40, 64, 3, 7)
-BERT: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 64,
-    "num_labels": 3,
-}
 LLAMA: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -61,18 +53,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def classifier(folder: Any) -> Models:
-    base = BertForSequenceClassification(BertConfig(**BERT))
-    return Models(base, folder / "bert-classes", saved=("classifier",), task_type="SEQ_CLS")
+    return bert_classifier(folder)
 
 
 @pytest.fixture(scope="module")
 def encoder(folder: Any) -> Models:
-    return Models(BertModel(BertConfig(**BERT)), folder / "bert")
-
-
-def made(models: Models, pooling: Pooling | None = None, **settings: Any) -> EncoderEngine:
-    given = {"compile": False, "max_batch_size": 8, "batch_wait_s": 0.001}
-    return EncoderEngine(models.slot(), Settings.model_validate(given | settings), pooling=pooling)
+    return bert_encoder(folder)
 
 
 @pytest.fixture(scope="module")
@@ -100,19 +86,6 @@ def plain_classes(models: Models, name: str, inputs: list[list[int]]) -> torch.T
     model = models.plain(name)
     with torch.no_grad():
         return torch.cat([model(torch.tensor([ids])).logits.softmax(-1) for ids in inputs])
-
-
-def plain_vectors(
-    models: Models, name: str, inputs: list[list[int]], pooling: Pooling
-) -> torch.Tensor:
-    model = models.plain(name)
-    found = []
-    with torch.no_grad():
-        for ids in inputs:
-            [hidden_LD] = model(torch.tensor([ids])).last_hidden_state
-            by = {"mean": hidden_LD.mean(0), "cls": hidden_LD[0], "last": hidden_LD[-1]}
-            found.append(by[pooling])
-    return torch.nn.functional.normalize(torch.stack(found), dim=-1)
 
 
 # ---- exact answers ------------------------------------------------------------------------------
@@ -266,80 +239,6 @@ def test_nothing_compiles_after_warm_up_whatever_shapes_and_revisions_come(
 
         started(story())
         assert (engine.guard.recompiles, engine.guard.limit_hits) == (0, 0)
-
-
-# ---- requests -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer(world: TinyWorld) -> Any:
-    return PreTrainedTokenizerFast.from_pretrained(world.model)
-
-
-def answers(engine: EncoderEngine, tokenizer: Any, **more: Any) -> EncoderServing:
-    settings = Settings(served_model_name="tiny")
-    return EncoderServing(engine, tokenizer, settings, replica="r1", **more)
-
-
-def test_embeddings_of_texts_and_token_lists_come_in_their_order(
-    vectors: Running[EncoderEngine], encoder: Models, tokenizer: Any
-) -> None:
-    vectors(vectors.swap("red"))
-    ids = tokenizer("hello")["input_ids"]
-    request = {"input": ["hello", "a much longer text"]}
-    document = vectors(answers(vectors.engine, tokenizer).embeddings(request))
-    same = vectors(answers(vectors.engine, tokenizer).embeddings({"input": ids}))
-    found = torch.tensor([each["embedding"] for each in document["data"]])
-    expected = plain_vectors(encoder, "red", [ids], "mean")
-    torch.testing.assert_close(found[:1], expected, **NEAR)
-    torch.testing.assert_close(torch.tensor([same["data"][0]["embedding"]]), expected, **NEAR)
-    assert document["system_fingerprint"] == str(vectors.engine.default)
-    assert document["usage"]["prompt_tokens"] == len("hello") + len("a much longer text")
-    assert document["model"] == "tiny"
-
-
-def test_classes_have_the_labels_of_the_model(
-    classes: Running[EncoderEngine], tokenizer: Any
-) -> None:
-    ask = answers(classes.engine, tokenizer, labels=("no", "maybe", "yes"))
-    document = classes(ask.classify({"input": ["hello", "you"]}))
-    for index, each in enumerate(document["data"]):
-        assert each["index"] == index
-        assert each["label"] == ("no", "maybe", "yes")[each["probs"].index(max(each["probs"]))]
-        assert sum(each["probs"]) == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    ("request_", "code"),
-    [
-        ({"input": "x" * 65}, "context_length_exceeded"),
-        ({"input": "x" * 100_000}, "context_length_exceeded"),
-        ({"input": [[1] * 65]}, "context_length_exceeded"),
-        ({"input": [[VOCABULARY]]}, "invalid_parameter"),
-    ],
-)
-def test_what_the_model_cannot_read_is_refused_before_it_is_asked(
-    vectors: Running[EncoderEngine], tokenizer: Any, request_: dict[str, Any], code: str
-) -> None:
-    with pytest.raises(InvalidRequest) as refused:
-        vectors(answers(vectors.engine, tokenizer).embeddings(request_))
-    assert (refused.value.status, refused.value.code) == (400, code)
-    assert vectors.engine.admission.running == 0
-
-
-def test_one_text_that_fails_ends_the_request_and_nothing_keeps_running(
-    vectors: Running[EncoderEngine], tokenizer: Any
-) -> None:
-    from serve_app.wire.errors import GenerationFailed
-
-    engine = vectors.engine
-    real, engine.vocabulary = engine.vocabulary, 10**6
-    try:
-        with pytest.raises(GenerationFailed):
-            vectors(answers(engine, tokenizer).embeddings({"input": [[1, 2], [VOCABULARY + 1]]}))
-    finally:
-        engine.vocabulary = real
-    assert engine.admission.running == 0
 
 
 def test_an_engine_that_compiles_leaves_the_recompile_limit_of_the_process_alone(
