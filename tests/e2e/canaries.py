@@ -9,10 +9,11 @@ from typing import Any
 
 import httpx
 
+from serve_app.rollout.analysis import Analysis, Limits, Probe
 from serve_app.rollout.plan import CanaryStep, Placement, Plan
 from serve_app.wire.admin import CanaryView, RolloutView
 
-from .fleet import Fleet, eventually
+from .fleet import Fleet, Load, eventually
 
 OPEN = (CanaryStep(weight=10, hold="manual"), CanaryStep(weight=50, hold="manual"))
 
@@ -97,3 +98,35 @@ def check_sessions_and_pins(fleet: Fleet, placement: Placement) -> None:
         assert answer.headers["x-adapter-revision"] == pin
     fleet.client.abort(rollout.id)
     assert ended(fleet, rollout.id).state == "aborted"
+
+
+def check_garbage_is_taken_back(
+    fleet: Fleet, folder: Path, placement: Placement, *, replicas: int
+) -> None:
+    """A canary whose answers a probe finds wrong is aborted at its first step, under load."""
+    stable = fleet.settle(replicas=replicas).stable
+    agrees = Probe(
+        function="serve_app.probes:agreement",
+        options={"file": str(golden(fleet, folder)), "max_tokens": 6},
+        scores={"gain": Limits(min=-0.1)},
+    )
+    with Load(fleet, clients=6) as load:
+        load.wait_for(10)
+        rollout = canary(
+            fleet,
+            "gamma",
+            placement=placement,
+            analysis=Analysis(probes=(agrees,), interval=0.3),
+            steps=(CanaryStep(weight=10, hold=60.0), CanaryStep(weight=50)),
+        )
+        rollout = ended(fleet, rollout.id)
+        load.wait_for(20)
+    assert rollout.state == "aborted", rollout
+    assert rollout.reason is not None
+    assert "step 1 failed its analysis: serve_app.probes:agreement gain is -1" in rollout.reason
+    view = fleet.settle(replicas=replicas)
+    assert {tuple(replica.serves) for replica in view.replicas} == {(stable,)}
+    assert load.failures == []
+    assert load.mismatched() == []
+    assert rollout.canary is not None
+    assert [(each.step, each.outcome) for each in rollout.canary.verdicts] == [(0, "fail")]

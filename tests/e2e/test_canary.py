@@ -7,7 +7,7 @@ from pathlib import Path
 from serve_app.rollout.analysis import Analysis, Check, Limits, Probe
 from serve_app.rollout.plan import CanaryStep
 
-from .canaries import canary, check_sessions_and_pins, ended, golden
+from .canaries import canary, check_garbage_is_taken_back, check_sessions_and_pins, ended
 from .fleet import Fleet, Load
 
 REPLICAS = 2
@@ -49,32 +49,7 @@ def held_out(folder: Path) -> Path:
 
 
 def test_a_garbage_adapter_is_taken_back_at_its_first_step(fleet: Fleet, tmp_path: Path) -> None:
-    stable = fleet.settle(replicas=REPLICAS).stable
-    agrees = Probe(
-        function="serve_app.probes:agreement",
-        options={"file": str(golden(fleet, tmp_path)), "max_tokens": 6},
-        scores={"gain": Limits(min=-0.1)},
-    )
-    with Load(fleet, clients=6) as load:
-        load.wait_for(10)
-        rollout = canary(
-            fleet,
-            "gamma",
-            placement="shared",
-            analysis=Analysis(probes=(agrees,), interval=0.3),
-            steps=(CanaryStep(weight=10, hold=60.0), CanaryStep(weight=50)),
-        )
-        rollout = ended(fleet, rollout.id)
-        load.wait_for(20)
-    assert rollout.state == "aborted", rollout
-    assert rollout.reason is not None
-    assert "step 1 failed its analysis: serve_app.probes:agreement gain is -1" in rollout.reason
-    view = fleet.settle(replicas=REPLICAS)
-    assert {tuple(replica.serves) for replica in view.replicas} == {(stable,)}
-    assert load.failures == []
-    assert load.mismatched() == []
-    assert rollout.canary is not None
-    assert [(each.step, each.outcome) for each in rollout.canary.verdicts] == [(0, "fail")]
+    check_garbage_is_taken_back(fleet, tmp_path, "shared", replicas=REPLICAS)
 
 
 def test_sessions_stay_and_only_join_and_pins_are_kept(fleet: Fleet) -> None:
